@@ -1,0 +1,21 @@
+"""Shared fixtures; the first statement keeps this checkout's folders off the import path."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# `python -m pytest` puts the checkout on sys.path, where the folder kernels/ would stand in for a published
+# package of that name. The installed tp_mamba must be found instead.
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs more GPUs than there are."""
+    gpus = torch.cuda.device_count()
+    for item in items:
+        need = 2 if item.get_closest_marker("multigpu") else 1 if item.get_closest_marker("gpu") else 0
+        if gpus < need:
+            item.add_marker(pytest.mark.skip(reason=f"needs {need} GPU(s), found {gpus}"))

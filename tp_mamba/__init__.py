@@ -1,0 +1,1 @@
+"""Tensor-parallel Mamba-1 in PyTorch."""

@@ -1,0 +1,1 @@
+"""Published and tensor-parallel checkpoint files: reading, writing, splitting and merging them."""

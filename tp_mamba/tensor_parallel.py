@@ -1,0 +1,195 @@
+"""The tensor-parallel group: which ranks share a model, and which of them this process is."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class RankFailedError(RuntimeError):
+    """Another rank of the tensor-parallel group failed; the message names the rank and its error."""
+
+
+class TensorParallel:
+    """The process group over which one model is split, passed explicitly to whatever communicates.
+
+    There is no global parallel state. Without a group it stands for one rank, on which every collective is
+    the identity, so single-device code needs no branch of its own.
+
+    Attributes:
+        group: the process group, or None for one rank.
+        size: number of ranks ``n``.
+        rank: this process's position in the group, ``0 <= rank < size``.
+        device: where this rank computes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, device: torch.device | str | None = None) -> None:
+        """Wrap ``group``; None is one rank.
+
+        Args:
+            group: an initialised process group this process belongs to.
+            device: where this rank computes. By default the current GPU for an NCCL group, else the CPU for
+                a group, and for no group the GPU if there is one.
+
+        Raises:
+            ValueError: this process is not a member of ``group``.
+        """
+        self.group = group
+        self.size, self.rank = 1, 0
+        if group is not None:
+            self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+            if self.rank < 0:
+                raise ValueError(
+                    f"global rank {dist.get_rank()} is not a member of the given process group: "
+                    "pass the group that this process belongs to"
+                )
+        self.device = torch.device(device) if device is not None else self._default_device()
+
+    def _default_device(self) -> torch.device:
+        if torch.cuda.is_available() and (self.group is None or dist.get_backend(self.group) == "nccl"):
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    @classmethod
+    def from_mesh(cls, mesh: DeviceMesh) -> TensorParallel:
+        """The group of a one-dimensional mesh, for example ``TensorParallel.from_mesh(mesh["tp"])``.
+
+        Raises:
+            ValueError: ``mesh`` has more than one axis.
+        """
+        if mesh.ndim != 1:
+            raise ValueError(
+                f"got a mesh with {mesh.ndim} axes {mesh.mesh_dim_names}: tensor parallelism runs over one axis, "
+                'select it by name, as in TensorParallel.from_mesh(mesh["tp"])'
+            )
+        return cls(mesh.get_group())
+
+    @classmethod
+    def from_env(cls, backend: str | None = None, *, timeout: timedelta | None = None) -> TensorParallel:
+        """All ranks that torchrun started; one rank where torchrun did not start this process.
+
+        Initialises ``torch.distributed`` if that has not been done, with NCCL where every rank of this host
+        has a GPU of its own and gloo elsewhere, and makes ``LOCAL_RANK`` the current GPU.
+
+        Args:
+            backend: ``"nccl"`` or ``"gloo"``; by default chosen as above.
+            timeout: how long a collective may wait for a rank (torch's default if None).
+
+        Raises:
+            ValueError: ``backend="nccl"`` with fewer GPUs than ranks on this host.
+        """
+        if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+            return cls()
+        gpus = torch.cuda.device_count()
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        if backend is None:
+            backend = "nccl" if gpus >= local_size else "gloo"
+        if backend == "nccl" and gpus < local_size:
+            raise ValueError(
+                f"{local_size} ranks on this host but {gpus} GPUs: NCCL needs a GPU for each rank; "
+                'start fewer ranks or use backend="gloo"'
+            )
+        device = torch.device("cpu")
+        if backend == "nccl":
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            # device_id would create the NCCL communicator at once; it is left out so that a process that
+            # only reads a checkpoint never builds one.
+            dist.init_process_group(backend, timeout=timeout)
+        return cls(dist.group.WORLD, device=device)
+
+    @classmethod
+    def virtual(cls, rank: int, size: int) -> TensorParallel:
+        """Rank ``rank`` of ``size`` without processes: for shapes, plans and splitting files.
+
+        Collectives on it raise RuntimeError, because there is nobody to talk to.
+
+        Raises:
+            ValueError: ``size < 1`` or ``rank`` outside ``0..size-1``.
+        """
+        if size < 1 or not 0 <= rank < size:
+            raise ValueError(f"rank {rank} of {size} does not exist: need size >= 1 and 0 <= rank < size")
+        tp = cls(device="cpu")
+        tp.rank, tp.size = rank, size
+        return tp
+
+    @property
+    def backend(self) -> str:
+        """``"nccl"`` or ``"gloo"``; ``"none"`` for one rank without a group."""
+        return "none" if self.group is None else str(dist.get_backend(self.group))
+
+    def __repr__(self) -> str:
+        return f"TensorParallel(rank={self.rank}, size={self.size}, backend={self.backend!r}, device={str(self.device)!r})"
+
+    def _require_group(self) -> dist.ProcessGroup:
+        if self.group is None:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size} was made by TensorParallel.virtual and has no process group: "
+                "it can plan and slice, but not communicate"
+            )
+        return self.group
+
+    def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum ``x`` (any shape, contiguous) over the ranks, in place, and return it."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self._require_group())
+        return x
+
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """Concatenate every rank's ``x`` (equal shapes) along ``dim`` in rank order."""
+        if self.size == 1:
+            return x
+        group = self._require_group()
+        x = x.contiguous()
+        gathered = x.new_empty((self.size, *x.shape))
+        dist.all_gather_into_tensor(gathered.view(self.size * x.shape[0], *x.shape[1:]) if x.dim() else gathered, x, group=group)
+        if dim % x.dim() == 0:
+            return gathered.flatten(0, 1)
+        return torch.cat(gathered.unbind(0), dim=dim)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Every rank's ``value`` (picklable, small) in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._require_group())
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's ``value`` (picklable, small) on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self._require_group(), group_src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier(group=self._require_group())
+
+    def agree(self, error: BaseException | None = None) -> None:
+        """Let every rank know whether any of them failed, so that all stop together and none hangs.
+
+        Call it on every rank at the end of work that communicates nothing (loading, saving), with this
+        rank's exception or None.
+
+        Raises:
+            BaseException: ``error`` itself, on the ranks that failed.
+            RankFailedError: on the others, naming the first failing rank and its error.
+        """
+        failures = self.all_gather_object(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise RankFailedError(f"rank {rank} of {self.size} failed: {failure}")
