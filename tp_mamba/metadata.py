@@ -1,0 +1,233 @@
+"""What a packed batch is made of: which tokens belong to which sequence, and where each one keeps its state.
+
+A packed batch ``[T, H]`` holds its decode tokens first, one a sequence, and its prefill tokens after them,
+sequence by sequence. Decode rows may be padded up to a fixed count, so that a captured graph can be replayed for
+fewer sequences; the padding rows point at :data:`NULL_SLOT` and change no state.
+
+Letters: ``T`` packed tokens, ``S`` sequences (padding rows counted), ``D`` channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+NULL_SLOT = -1
+"""The state index of a row without a slot: its state is neither read nor written."""
+
+# Every piece of the one staged buffer starts on a multiple of this many bytes. Triton compiles one kernel for
+# pointers that divide by 16 and another for those that do not: pieces packed tightly would recompile as the batch
+# changes its make-up.
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MambaMetadata:
+    """The make-up of one packed batch, with ``S = num_padded_decodes + num_prefills`` rows.
+
+    Counts are host integers, the rest lies on the device. What only the decode rows or only the prefills need is
+    cut out once a batch here rather than once a layer. Made by :class:`MambaMetadataBuilder`.
+    """
+
+    num_decodes: int
+    """Sequences that advance by one token."""
+    num_padded_decodes: int
+    """Decode rows of the batch, padding rows included; at least ``num_decodes``."""
+    num_prefills: int
+    """Sequences, or pieces of one, that are taken in several tokens at a time."""
+    num_prefill_tokens: int
+    """The sum of their lengths."""
+    query_start_loc: torch.Tensor
+    """``[S + 1]`` int32: row ``s`` holds the tokens ``query_start_loc[s]`` up to ``query_start_loc[s + 1]``."""
+    has_initial_states: torch.Tensor
+    """``[S]`` bool: the row continues from the state in its slot (decode rows do; padding rows do not)."""
+    state_indices: torch.Tensor
+    """``[S]`` int32: each row's slot in the state cache, :data:`NULL_SLOT` for none."""
+    prefill_query_start_loc: torch.Tensor
+    """``[num_prefills + 1]`` int32, counted from the first prefill token."""
+    prefill_has_initial_states: torch.Tensor
+    """``[num_prefills]`` bool."""
+    prefill_state_indices: torch.Tensor
+    """``[num_prefills]`` int32."""
+
+    @property
+    def num_tokens(self) -> int:
+        """``T``: the rows of the packed hidden states, padding included."""
+        return self.num_padded_decodes + self.num_prefill_tokens
+
+    @property
+    def decode_state_indices(self) -> torch.Tensor:
+        """``[num_padded_decodes]`` int32, a view of :attr:`state_indices`."""
+        return self.state_indices[: self.num_padded_decodes]
+
+
+class MambaMetadataBuilder:
+    """Builds the :class:`MambaMetadata` of packed batches on one device."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+
+    def build(
+        self,
+        *,
+        decode_slots: Sequence[int] = (),
+        prefill_slots: Sequence[int] = (),
+        prefill_lengths: Sequence[int] = (),
+        has_initial_states: Sequence[bool] = (),
+        num_padded_decodes: int | None = None,
+    ) -> MambaMetadata:
+        """Describe a batch of ``len(decode_slots)`` decode tokens, then ``len(prefill_slots)`` prefills.
+
+        Everything reaches the device in one copy, from pinned memory to a GPU, and nothing waits for it.
+
+        Args:
+            decode_slots: state slot of each decoding sequence.
+            prefill_slots: state slot of each prefill; :data:`NULL_SLOT` keeps no state.
+            prefill_lengths: tokens of each prefill.
+            has_initial_states: for each prefill, whether it continues from the state in its slot (a later piece
+                of a prompt) or starts from nothing.
+            num_padded_decodes: decode rows to lay out; the decodes alone by default.
+
+        Raises:
+            ValueError: the three prefill lists differ in length, a length is negative, a slot is below
+                :data:`NULL_SLOT` or belongs to two rows, or ``num_padded_decodes`` is below the decodes given.
+        """
+        num_decodes, num_prefills = len(decode_slots), len(prefill_slots)
+        padded = num_decodes if num_padded_decodes is None else num_padded_decodes
+        _check(decode_slots, prefill_slots, prefill_lengths, has_initial_states, padded)
+
+        slots = [*decode_slots, *[NULL_SLOT] * (padded - num_decodes), *prefill_slots]
+        initial = [*[True] * num_decodes, *[False] * (padded - num_decodes), *has_initial_states]
+        prefill_starts = list(accumulate(prefill_lengths, initial=0))
+        starts = [*range(padded), *(padded + start for start in prefill_starts)]
+
+        ints = [
+            np.asarray(values, dtype=np.int32) for values in (starts, slots, prefill_starts, prefill_slots)
+        ]
+        bools = [np.asarray(values, dtype=np.bool_) for values in (initial, has_initial_states)]
+        (
+            query_start_loc,
+            state_indices,
+            prefill_query_start_loc,
+            prefill_state_indices,
+            initial_states,
+            prefill_initial,
+        ) = self._to_device([*ints, *bools])
+        return MambaMetadata(
+            num_decodes=num_decodes,
+            num_padded_decodes=padded,
+            num_prefills=num_prefills,
+            num_prefill_tokens=prefill_starts[-1],
+            query_start_loc=query_start_loc,
+            has_initial_states=initial_states,
+            state_indices=state_indices,
+            prefill_query_start_loc=prefill_query_start_loc,
+            prefill_has_initial_states=prefill_initial,
+            prefill_state_indices=prefill_state_indices,
+        )
+
+    def _to_device(self, arrays: list[np.ndarray]) -> list[torch.Tensor]:
+        """Copy int32 and bool ``arrays`` in one piece and return the device tensors, views of one buffer."""
+        offsets = list(accumulate((-(-a.nbytes // _ALIGNMENT) * _ALIGNMENT for a in arrays), initial=0))
+        staged = torch.zeros(offsets[-1], dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        for offset, array in zip(offsets, arrays, strict=False):
+            staged.numpy()[offset : offset + array.nbytes] = array.view(np.uint8)
+        buffer = staged.to(self.device, non_blocking=True)
+        return [
+            buffer[offset : offset + a.nbytes].view(torch.bool if a.dtype == np.bool_ else torch.int32)
+            for offset, a in zip(offsets, arrays, strict=False)
+        ]
+
+
+def _check(
+    decode_slots: Sequence[int],
+    prefill_slots: Sequence[int],
+    prefill_lengths: Sequence[int],
+    has_initial_states: Sequence[bool],
+    num_padded_decodes: int,
+) -> None:
+    """Refuse what :meth:`MambaMetadataBuilder.build` documents as wrong."""
+    if not len(prefill_slots) == len(prefill_lengths) == len(has_initial_states):
+        raise ValueError(
+            f"got {len(prefill_slots)} prefill_slots, {len(prefill_lengths)} prefill_lengths and "
+            f"{len(has_initial_states)} has_initial_states: give one of each a prefill"
+        )
+    for i, length in enumerate(prefill_lengths):
+        if length < 0:
+            raise ValueError(
+                f"prefill {i} has length {length}: a length counts tokens and cannot be negative"
+            )
+    if num_padded_decodes < len(decode_slots):
+        raise ValueError(
+            f"num_padded_decodes={num_padded_decodes} is below the {len(decode_slots)} decodes of the batch: "
+            "padding adds rows, it cannot drop any"
+        )
+    seen: set[int] = set()
+    for slot in (*decode_slots, *prefill_slots):
+        if slot < NULL_SLOT:
+            raise ValueError(
+                f"state slot {slot} does not exist: slots count from 0, and {NULL_SLOT} means no slot"
+            )
+        if slot in seen:
+            raise ValueError(
+                f"state slot {slot} is given to two rows of the batch: two sequences cannot share a state"
+            )
+        if slot != NULL_SLOT:
+            seen.add(slot)
+
+
+class PrefillDecodeSplit(NamedTuple):
+    """The two kinds of a packed batch, each with its own tokens and its own part of the metadata; all views.
+
+    ``P`` is ``num_padded_decodes``, ``F`` is ``num_prefills``, ``T_p`` is ``num_prefill_tokens``.
+    """
+
+    hidden_states_BC_p: torch.Tensor  # noqa: N815 (vLLM's name)
+    """``[T_p, D]``"""
+    hidden_states_BC_d: torch.Tensor  # noqa: N815
+    """``[P, D]``"""
+    gate_p: torch.Tensor
+    """``[T_p, D]``"""
+    gate_d: torch.Tensor
+    """``[P, D]``"""
+    state_indices_tensor_p: torch.Tensor
+    """``[F]`` int32"""
+    state_indices_tensor_d: torch.Tensor
+    """``[P]`` int32"""
+    query_start_loc_p: torch.Tensor
+    """``[F + 1]`` int32, counted from the first prefill token"""
+    has_initial_states_p: torch.Tensor
+    """``[F]`` bool"""
+
+
+def split_batch_to_prefill_and_decode(
+    hidden_states_BC: torch.Tensor, gate: torch.Tensor, metadata: MambaMetadata
+) -> PrefillDecodeSplit:
+    """Cut ``hidden_states_BC [T, D]`` and ``gate [T, D]`` after the decode rows; nothing is copied.
+
+    Raises:
+        ValueError: either tensor has other than ``metadata.num_tokens`` rows.
+    """
+    for name, tensor in (("hidden_states_BC", hidden_states_BC), ("gate", gate)):
+        if tensor.shape[0] != metadata.num_tokens:
+            raise ValueError(
+                f"{name} has {tensor.shape[0]} rows but the metadata describes {metadata.num_tokens} tokens "
+                f"({metadata.num_padded_decodes} decode rows, {metadata.num_prefill_tokens} prefill tokens): "
+                "pass the metadata built for this batch"
+            )
+    cut = metadata.num_padded_decodes
+    return PrefillDecodeSplit(
+        hidden_states_BC_p=hidden_states_BC[cut:],
+        hidden_states_BC_d=hidden_states_BC[:cut],
+        gate_p=gate[cut:],
+        gate_d=gate[:cut],
+        state_indices_tensor_p=metadata.prefill_state_indices,
+        state_indices_tensor_d=metadata.decode_state_indices,
+        query_start_loc_p=metadata.prefill_query_start_loc,
+        has_initial_states_p=metadata.prefill_has_initial_states,
+    )
