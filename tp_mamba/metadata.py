@@ -1,8 +1,8 @@
 """What a packed batch is made of: which tokens belong to which sequence, and where each one keeps its state.
 
 A packed batch ``[T, H]`` holds its decode tokens first, one a sequence, and its prefill tokens after them,
-sequence by sequence. Decode rows may be padded up to a fixed count, so that a captured graph can be replayed for
-fewer sequences; the padding rows point at :data:`NULL_SLOT` and change no state.
+sequence by sequence. Decode rows may be padded up to a fixed count, so that a captured graph can be replayed
+for fewer sequences; the padding rows point at :data:`NULL_SLOT` and change no state.
 
 Letters: ``T`` packed tokens, ``S`` sequences (padding rows counted), ``D`` channels.
 """
@@ -20,9 +20,9 @@ import torch
 NULL_SLOT = -1
 """The state index of a row without a slot: its state is neither read nor written."""
 
-# Every piece of the one staged buffer starts on a multiple of this many bytes. Triton compiles one kernel for
-# pointers that divide by 16 and another for those that do not: pieces packed tightly would recompile as the batch
-# changes its make-up.
+# Every piece of a staged buffer starts on a multiple of this many bytes. Triton compiles one kernel for
+# pointers that divide by 16 and another for those that do not: pieces packed tightly would recompile as the
+# batch changes its make-up.
 _ALIGNMENT = 16
 
 
@@ -30,8 +30,8 @@ _ALIGNMENT = 16
 class MambaMetadata:
     """The make-up of one packed batch, with ``S = num_padded_decodes + num_prefills`` rows.
 
-    Counts are host integers, the rest lies on the device. What only the decode rows or only the prefills need is
-    cut out once a batch here rather than once a layer. Made by :class:`MambaMetadataBuilder`.
+    Counts are host integers, the rest lies on the device. What only the decode rows or only the prefills need
+    is cut out once a batch here rather than once a layer. Made by :class:`MambaMetadataBuilder`.
     """
 
     num_decodes: int
@@ -43,7 +43,7 @@ class MambaMetadata:
     num_prefill_tokens: int
     """The sum of their lengths."""
     query_start_loc: torch.Tensor
-    """``[S + 1]`` int32: row ``s`` holds the tokens ``query_start_loc[s]`` up to ``query_start_loc[s + 1]``."""
+    """``[S + 1]`` int32: row ``s`` holds tokens ``query_start_loc[s]`` up to ``query_start_loc[s + 1]``."""
     has_initial_states: torch.Tensor
     """``[S]`` bool: the row continues from the state in its slot (decode rows do; padding rows do not)."""
     state_indices: torch.Tensor
@@ -64,6 +64,31 @@ class MambaMetadata:
     def decode_state_indices(self) -> torch.Tensor:
         """``[num_padded_decodes]`` int32, a view of :attr:`state_indices`."""
         return self.state_indices[: self.num_padded_decodes]
+
+
+_TORCH_DTYPES = {
+    np.bool_: torch.bool,
+    np.int32: torch.int32,
+    np.int64: torch.int64,
+    np.float64: torch.float64,
+}
+
+
+def copy_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """The one-dimensional ``arrays`` (bool, int32, int64 or float64) on ``device``, by one copy.
+
+    On a GPU the copy comes from pinned memory and nothing waits for it. The results are views of one buffer,
+    each aligned to 16 bytes.
+    """
+    offsets = list(accumulate((-(-a.nbytes // _ALIGNMENT) * _ALIGNMENT for a in arrays), initial=0))
+    staged = torch.zeros(offsets[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for offset, array in zip(offsets, arrays, strict=False):
+        staged.numpy()[offset : offset + array.nbytes] = array.view(np.uint8)
+    buffer = staged.to(device, non_blocking=True)
+    return [
+        buffer[offset : offset + a.nbytes].view(_TORCH_DTYPES[a.dtype.type])
+        for offset, a in zip(offsets, arrays, strict=False)
+    ]
 
 
 class MambaMetadataBuilder:
@@ -89,13 +114,14 @@ class MambaMetadataBuilder:
             decode_slots: state slot of each decoding sequence.
             prefill_slots: state slot of each prefill; :data:`NULL_SLOT` keeps no state.
             prefill_lengths: tokens of each prefill.
-            has_initial_states: for each prefill, whether it continues from the state in its slot (a later piece
-                of a prompt) or starts from nothing.
+            has_initial_states: for each prefill, whether it continues from the state in its slot (a later
+                piece of a prompt) or starts from nothing.
             num_padded_decodes: decode rows to lay out; the decodes alone by default.
 
         Raises:
             ValueError: the three prefill lists differ in length, a length is negative, a slot is below
-                :data:`NULL_SLOT` or belongs to two rows, or ``num_padded_decodes`` is below the decodes given.
+                :data:`NULL_SLOT` or belongs to two rows, or there are more decodes than
+                ``num_padded_decodes``.
         """
         num_decodes, num_prefills = len(decode_slots), len(prefill_slots)
         padded = num_decodes if num_padded_decodes is None else num_padded_decodes
@@ -117,7 +143,7 @@ class MambaMetadataBuilder:
             prefill_state_indices,
             initial_states,
             prefill_initial,
-        ) = self._to_device([*ints, *bools])
+        ) = copy_to_device([*ints, *bools], self.device)
         return MambaMetadata(
             num_decodes=num_decodes,
             num_padded_decodes=padded,
@@ -130,18 +156,6 @@ class MambaMetadataBuilder:
             prefill_has_initial_states=prefill_initial,
             prefill_state_indices=prefill_state_indices,
         )
-
-    def _to_device(self, arrays: list[np.ndarray]) -> list[torch.Tensor]:
-        """Copy int32 and bool ``arrays`` in one piece and return the device tensors, views of one buffer."""
-        offsets = list(accumulate((-(-a.nbytes // _ALIGNMENT) * _ALIGNMENT for a in arrays), initial=0))
-        staged = torch.zeros(offsets[-1], dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        for offset, array in zip(offsets, arrays, strict=False):
-            staged.numpy()[offset : offset + array.nbytes] = array.view(np.uint8)
-        buffer = staged.to(self.device, non_blocking=True)
-        return [
-            buffer[offset : offset + a.nbytes].view(torch.bool if a.dtype == np.bool_ else torch.int32)
-            for offset, a in zip(offsets, arrays, strict=False)
-        ]
 
 
 def _check(
