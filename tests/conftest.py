@@ -8,8 +8,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # package of that name. The installed tp_mamba must be found instead.
 sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT]
 
+from collections.abc import Callable, Iterator  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from rank_pool import RankPool, SingleRank  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,3 +22,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         need = 2 if item.get_closest_marker("multigpu") else 1 if item.get_closest_marker("gpu") else 0
         if gpus < need:
             item.add_marker(pytest.mark.skip(reason=f"needs {need} GPU(s), found {gpus}"))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], RankPool | SingleRank]]:
+    """``ranks(n)``: n gloo ranks on the CPU, started when first asked for and kept for the session."""
+    pools: dict[int, RankPool | SingleRank] = {1: SingleRank()}
+
+    def get(size: int) -> RankPool | SingleRank:
+        if size not in pools:
+            pools[size] = RankPool(size)
+        return pools[size]
+
+    yield get
+    for pool in pools.values():
+        pool.close()

@@ -30,7 +30,9 @@ class TensorParallel:
         device: where this rank computes.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, *, device: torch.device | str | None = None
+    ) -> None:
         """Wrap ``group``; None is one rank.
 
         Args:
@@ -151,7 +153,9 @@ class TensorParallel:
         group = self._require_group()
         x = x.contiguous()
         gathered = x.new_empty((self.size, *x.shape))
-        dist.all_gather_into_tensor(gathered.view(self.size * x.shape[0], *x.shape[1:]) if x.dim() else gathered, x, group=group)
+        dist.all_gather_into_tensor(
+            gathered.view(self.size * x.shape[0], *x.shape[1:]) if x.dim() else gathered, x, group=group
+        )
         if dim % x.dim() == 0:
             return gathered.flatten(0, 1)
         return torch.cat(gathered.unbind(0), dim=dim)

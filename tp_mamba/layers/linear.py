@@ -1,0 +1,286 @@
+"""Column- and row-parallel linear layers, ``y = x W^T + b`` with ``W [out, in]``.
+
+A column-parallel layer cuts ``out``: every rank sees the whole input and computes a slice of the output.
+A row-parallel layer cuts ``in``: every rank sees a slice of the input and computes a partial sum of the
+whole output. One after the other they need a single all-reduce (Megatron-LM, arXiv:1909.08053).
+
+Arguments, and the tuple returned with ``skip_bias_add``, are those of vLLM's layers of the same names. A
+dimension that the ranks do not divide is padded with zero channels, which changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tp_mamba.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
+from tp_mamba.layers.init import initialize, uniform
+from tp_mamba.sharding import Split, declare, padded_size
+from tp_mamba.tensor_parallel import TensorParallel
+
+Output = torch.Tensor | tuple[torch.Tensor, nn.Parameter | None]
+
+
+def check_rank_count(size: int, tp: TensorParallel, what: str) -> None:
+    """Refuse more ranks than channels: some rank would hold padding alone.
+
+    Raises:
+        ValueError: ``tp.size > size``.
+    """
+    if tp.size > size:
+        raise ValueError(
+            f"{what} has {size} channels, too few for {tp.size} tensor-parallel ranks: use at most {size} ranks"
+        )
+
+
+class ParallelLinear(nn.Module):
+    """What column- and row-parallel layers share: the two parameters and their names in messages."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        weight_split: Split,
+        bias_split: Split | None,
+        *,
+        bias_in_float32: bool,
+        tp: TensorParallel | None,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        if input_size < 1 or output_size < 1:
+            raise ValueError(
+                f"{prefix or type(self).__name__}: input_size {input_size} and output_size {output_size} "
+                "must both be positive"
+            )
+        self.tp = tp or TensorParallel()
+        self.input_size, self.output_size, self.prefix = input_size, output_size, prefix
+        dtype = dtype or torch.get_default_dtype()
+        n = self.tp.size
+        self.weight = nn.Parameter(torch.empty(weight_split.local_shape(n), dtype=dtype, device=device))
+        declare(self.weight, weight_split, self.tp, name=f"{prefix}.weight".lstrip("."))
+        self.bias: nn.Parameter | None = None
+        if bias_split is not None:
+            bias_dtype = torch.promote_types(dtype, torch.float32) if bias_in_float32 else dtype
+            self.bias = nn.Parameter(torch.empty(bias_split.local_shape(n), dtype=bias_dtype, device=device))
+            declare(self.bias, bias_split, self.tp, name=f"{prefix}.bias".lstrip("."))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initial values of ``torch.nn.Linear``: uniform over ``+-in^-0.5``, weight and bias."""
+        draw = uniform(self.input_size**-0.5)
+        initialize(self.weight, draw)
+        if self.bias is not None:
+            initialize(self.bias, draw)
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size}, {self.output_size}, bias={self.bias is not None}, tp={self.tp.rank}/{self.tp.size}"
+
+
+class ColumnParallelLinear(ParallelLinear):
+    """Linear layer cut along its output; forward no collective, backward all-reduce of the input gradient.
+
+    ``x [..., in]`` replicated -> ``y_r [..., out/n]`` (rounded up), or ``[..., out]`` with ``gather_output``.
+    Gradients: ``dx = sum_r dy_r W_r`` (all-reduce), ``dW_r = dy_r^T x`` and ``db_r = sum dy_r`` local.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = True,
+        gather_output: bool = False,
+        skip_bias_add: bool = False,
+        *,
+        parts: int = 1,
+        bias_in_float32: bool = False,
+        tp: TensorParallel | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        prefix: str = "",
+    ) -> None:
+        """Build rank ``tp.rank``'s shard.
+
+        Args:
+            input_size: ``in``.
+            output_size: ``out`` of the full layer.
+            bias: whether there is a bias ``[out]``, cut like the output.
+            gather_output: all-gather the output along its last dimension, padding removed.
+            skip_bias_add: return ``(y, bias)`` with the bias not added, for a kernel that fuses it.
+            parts: equal pieces of ``out`` that are cut separately (see MergedColumnParallelLinear).
+            bias_in_float32: hold the bias in at least float32.
+            tp, dtype, device: the ranks (default one), and where and how the shard is held.
+            prefix: the layer's name in checkpoints and messages.
+
+        Raises:
+            ValueError: a size below 1, more ranks than channels, or gather_output with skip_bias_add.
+        """
+        tp = tp or TensorParallel()
+        if gather_output and skip_bias_add and bias:
+            raise ValueError(
+                f"{prefix or 'ColumnParallelLinear'}: gather_output and skip_bias_add do not go together, the output "
+                "would be whole and the bias a slice; set one of them"
+            )
+        check_rank_count(output_size // parts, tp, prefix or "the output")
+        super().__init__(
+            input_size,
+            output_size,
+            Split(shape=(output_size, input_size), dim=0, parts=parts),
+            Split(shape=(output_size,), dim=0, parts=parts, float32=bias_in_float32) if bias else None,
+            bias_in_float32=bias_in_float32,
+            tp=tp,
+            dtype=dtype,
+            device=device,
+            prefix=prefix,
+        )
+        self.parts, self.gather_output, self.skip_bias_add = parts, gather_output, skip_bias_add
+        self.output_size_local = self.weight.shape[0]
+
+    def forward(self, x: torch.Tensor) -> Output:
+        """``x [..., in]`` -> ``y``, or ``(y, bias)`` with ``skip_bias_add``."""
+        y = F.linear(copy_to_tp(x, self.tp), self.weight, None if self.skip_bias_add else self.bias)
+        if self.gather_output:
+            y = self._gather(y)
+        return (y, self.bias) if self.skip_bias_add else y
+
+    def _gather(self, y: torch.Tensor) -> torch.Tensor:
+        """Join the slices part by part, so that ``[x_r | z_r]`` of every rank becomes ``[x | z]``."""
+        local, part = self.output_size_local // self.parts, self.output_size // self.parts
+        gathered = gather_from_tp(y, self.tp).unflatten(-1, (self.tp.size, self.parts, local))
+        joined = gathered.transpose(-3, -2).flatten(-2)
+        return joined[..., :part].flatten(-2)
+
+
+class MergedColumnParallelLinear(ColumnParallelLinear):
+    """Several column-parallel layers of equal width in one GEMM, each cut separately (``in_proj``: x and z).
+
+    ``x [..., in]`` -> ``[..., sum(output_sizes)/n]``, rank r's slice of each piece one after the other.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_sizes: Sequence[int],
+        bias: bool = True,
+        gather_output: bool = False,
+        skip_bias_add: bool = False,
+        *,
+        tp: TensorParallel | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        prefix: str = "",
+    ) -> None:
+        """As ColumnParallelLinear, with ``output_sizes`` the widths of the pieces.
+
+        Raises:
+            ValueError: no pieces, or pieces of different widths.
+        """
+        if len(set(output_sizes)) != 1:
+            raise ValueError(
+                f"{prefix or 'MergedColumnParallelLinear'}: output_sizes {list(output_sizes)} must be one or more "
+                "equal widths; use a ColumnParallelLinear for each width"
+            )
+        super().__init__(
+            input_size,
+            sum(output_sizes),
+            bias,
+            gather_output,
+            skip_bias_add,
+            parts=len(output_sizes),
+            tp=tp,
+            dtype=dtype,
+            device=device,
+            prefix=prefix,
+        )
+        self.output_sizes = tuple(output_sizes)
+
+
+class RowParallelLinear(ParallelLinear):
+    """Linear layer cut along its input; forward all-reduce of the partial sums, backward no collective.
+
+    ``x_r [..., in/n]`` -> ``y = sum_r x_r W_r^T + b`` on every rank, the bias added once, after the sum.
+    Gradients: ``dx_r = dy W_r``, ``dW_r = dy^T x_r`` and ``db = sum dy``, all local.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = True,
+        input_is_parallel: bool = True,
+        skip_bias_add: bool = False,
+        reduce_results: bool = True,
+        *,
+        reduce_in_float32: bool = False,
+        tp: TensorParallel | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        prefix: str = "",
+    ) -> None:
+        """Build rank ``tp.rank``'s shard.
+
+        Args:
+            input_size: ``in`` of the full layer.
+            output_size: ``out``.
+            bias: whether there is a bias ``[out]``, held whole by every rank.
+            input_is_parallel: ``x`` is this rank's slice already (padding included); else it is whole and
+                this rank's slice is taken.
+            skip_bias_add: return ``(y, bias)`` with the bias not added.
+            reduce_results: sum over the ranks; else return this rank's partial sum.
+            reduce_in_float32: compute and sum the partial results in float32, and return float32: nothing
+                is rounded to the model's dtype before the sum is complete.
+            tp, dtype, device: the ranks (default one), and where and how the shard is held.
+            prefix: the layer's name in checkpoints and messages.
+
+        Raises:
+            ValueError: a size below 1, more ranks than channels, or a bias that would be added to partial sums.
+        """
+        tp = tp or TensorParallel()
+        if bias and not reduce_results and not skip_bias_add:
+            raise ValueError(
+                f"{prefix or 'RowParallelLinear'}: with reduce_results=False the bias would be added once on every "
+                "rank; set skip_bias_add=True and add it after the sum"
+            )
+        check_rank_count(input_size, tp, prefix or "the input")
+        super().__init__(
+            input_size,
+            output_size,
+            Split(shape=(output_size, input_size), dim=1),
+            Split(shape=(output_size,)) if bias else None,
+            bias_in_float32=False,
+            tp=tp,
+            dtype=dtype,
+            device=device,
+            prefix=prefix,
+        )
+        self.input_is_parallel, self.skip_bias_add = input_is_parallel, skip_bias_add
+        self.reduce_results, self.reduce_in_float32 = reduce_results, reduce_in_float32
+        self.input_size_local = self.weight.shape[1]
+
+    def forward(self, x: torch.Tensor) -> Output:
+        """``x [..., in/n]`` (or ``[..., in]``) -> ``y [..., out]``, or ``(y, bias)`` with ``skip_bias_add``."""
+        if not self.input_is_parallel:
+            x = scatter_to_tp(
+                F.pad(x, (0, padded_size(self.input_size, self.tp.size) - self.input_size)), self.tp
+            )
+        y = self._partial(x)
+        if self.reduce_results:
+            # The partial sum is ours alone: without a gradient to track it is summed where it lies.
+            y = reduce_from_tp(y, self.tp) if y.requires_grad else self.tp.all_reduce_(y)
+        if self.skip_bias_add:
+            return y, self.bias
+        return y if self.bias is None else y + self.bias
+
+    def _partial(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.reduce_in_float32 or x.dtype in (torch.float32, torch.float64):
+            return F.linear(x, self.weight)
+        if x.is_cuda and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
+            # The GEMM accumulates in float32 anyway; this keeps its result from being rounded on the way out.
+            y = torch.mm(x.flatten(0, -2), self.weight.t(), out_dtype=torch.float32)
+            return y.unflatten(0, x.shape[:-1])
+        return F.linear(x, self.weight).float()

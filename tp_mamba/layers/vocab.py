@@ -1,0 +1,114 @@
+"""The embedding and the language-model head, cut over the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tp_mamba.collectives import copy_to_tp, gather_from_tp, reduce_from_tp
+from tp_mamba.layers.init import initialize
+from tp_mamba.layers.linear import check_rank_count
+from tp_mamba.sharding import Split, declare
+from tp_mamba.tensor_parallel import TensorParallel
+
+
+def _vocab_weight(
+    vocab_size: int,
+    hidden_size: int,
+    tp: TensorParallel,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    name: str,
+) -> nn.Parameter:
+    """Rows ``[V/n, H]`` of a table, V rounded up to a multiple of n, drawn from N(0, 0.02) (GPT-2's value)."""
+    check_rank_count(vocab_size, tp, name)
+    split = Split(shape=(vocab_size, hidden_size), dim=0)
+    weight = nn.Parameter(torch.empty(split.local_shape(tp.size), dtype=dtype, device=device))
+    declare(weight, split, tp, name=f"{name}.weight")
+    initialize(weight, lambda full: full.normal_(std=0.02))
+    return weight
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Embedding table cut by row; forward all-reduce of the looked-up rows, backward no collective.
+
+    ``ids [...]`` -> ``[..., H]`` on every rank. A rank looks up the ids of its own rows and gives zeros for
+    the others, so the sum has one non-zero term and is exact in any dtype.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        tp: TensorParallel | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        prefix: str = "embeddings",
+    ) -> None:
+        """Rank ``tp.rank``'s rows of a table of ``num_embeddings`` (V) rows of ``embedding_dim`` (H).
+
+        Raises:
+            ValueError: more ranks than rows.
+        """
+        super().__init__()
+        self.tp = tp or TensorParallel()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.weight = _vocab_weight(num_embeddings, embedding_dim, self.tp, dtype, device, prefix)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """``ids [...]`` integer, each in ``0..V-1`` (the caller checks) -> ``[..., H]``."""
+        if self.tp.size == 1:
+            return F.embedding(ids, self.weight)
+        rows = self.weight.shape[0]
+        local = ids - self.tp.rank * rows
+        elsewhere = (local < 0) | (local >= rows)
+        found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        found = found.masked_fill(elsewhere.unsqueeze(-1), 0)
+        return reduce_from_tp(found, self.tp) if found.requires_grad else self.tp.all_reduce_(found)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, tp={self.tp.rank}/{self.tp.size}"
+
+
+class ParallelLMHead(nn.Module):
+    """The output projection cut by vocabulary row; forward all-gather of the logits.
+
+    ``h [..., H]`` replicated -> float32 logits ``[..., V]``, whole on every rank and the same bits there:
+    each logit is computed by one rank only. Rows that pad V to a multiple of n are cut off.
+    Backward: this rank's slice of the logit gradients, and an all-reduce of ``dh``.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        tie_to: VocabParallelEmbedding | None = None,
+        tp: TensorParallel | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        prefix: str = "lm_head",
+    ) -> None:
+        """Rank ``tp.rank``'s rows of the head; ``tie_to`` shares the embedding's parameter.
+
+        Raises:
+            ValueError: more ranks than rows.
+        """
+        super().__init__()
+        self.tp = tp or TensorParallel()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        if tie_to is None:
+            self.weight = _vocab_weight(num_embeddings, embedding_dim, self.tp, dtype, device, prefix)
+        else:
+            self.weight = tie_to.weight
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """``h [..., H]`` -> float32 (float64 in a float64 model) logits ``[..., V]``."""
+        local = F.linear(copy_to_tp(h, self.tp), self.weight)
+        logits = gather_from_tp(local, self.tp)[..., : self.num_embeddings]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def extra_repr(self) -> str:
+        return f"{self.embedding_dim}, {self.num_embeddings}, tp={self.tp.rank}/{self.tp.size}"
