@@ -1,0 +1,75 @@
+"""Tensors of ``pytorch_model.bin`` files, mapped into memory and never executed."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tp_mamba.checkpoint.errors import CheckpointError
+from tp_mamba.checkpoint.tensor_source import TensorSource, merge_listings
+
+
+class BinSource(TensorSource):
+    """One ``.bin`` file of torch.save, or the several of an index.
+
+    Files are unpickled with ``weights_only=True``, which builds tensors and refuses everything else, and
+    mapped, so that a slice touches its own pages only (the pre-2020 format, not a zip, is read whole).
+    """
+
+    def __init__(self, files: Sequence[Path], weight_map: dict[str, Path] | None = None) -> None:
+        """Map ``files``.
+
+        Args:
+            weight_map: the index (tensor name to file), checked against the files.
+
+        Raises:
+            CheckpointError: a file is damaged, holds something other than named tensors, or
+                :func:`merge_listings` finds a disagreement.
+        """
+        super().__init__()
+        opened = {path: _open(path) for path in files}
+        holder = merge_listings([(path, list(tensors)) for path, tensors in opened.items()], weight_map)
+        self._tensors = {name: opened[path][name] for name, path in holder.items()}
+
+    def names(self) -> list[str]:
+        return sorted(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def read(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        tensor = self._tensors[name].narrow(dim, start, stop - start)
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+
+def _open(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch.load raises nearly any exception type on a damaged file
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(
+                f"{path} asks for {code.group(1)} to be called while loading: it was not loaded and nothing of it "
+                "was executed; use a safetensors version of this checkpoint"
+            ) from error
+        raise CheckpointError(
+            f"{path} is not a whole file of torch.save: it is truncated or damaged, fetch it again"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(loaded).__name__}, expected a dictionary of named tensors"
+        )
+    for name, value in loaded.items():
+        plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
+        if not isinstance(name, str) or not plain:
+            raise CheckpointError(
+                f"{path} holds {name!r} of type {type(value).__name__}, expected nothing but named dense tensors"
+            )
+    return {name: value.detach() for name, value in loaded.items()}

@@ -1,0 +1,116 @@
+"""Filling a model, or one mixer, from a checkpoint: each rank reads its own slices and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from tp_mamba.checkpoint.agreement import agreed
+from tp_mamba.checkpoint.errors import CheckpointError
+from tp_mamba.checkpoint.matching import Entry, Matching, match, read_pieces, verify_tied
+from tp_mamba.checkpoint.names import canonical_name
+from tp_mamba.checkpoint.sharded_source import local_shape
+from tp_mamba.checkpoint.source import open_source
+from tp_mamba.checkpoint.tensor_source import TensorSource
+from tp_mamba.sharding import Sharded, sharded_parameters
+
+if TYPE_CHECKING:
+    from tp_mamba.mixer import MambaMixer
+    from tp_mamba.model import MambaForCausalLM
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, bytes done, bytes in all)."""
+
+
+def load_model(model: MambaForCausalLM, folder: str | Path, progress: Progress | None = None) -> None:
+    """Fill every parameter of ``model`` from the checkpoint in ``folder``; every rank calls this.
+
+    All names, shapes and dtypes are checked, from headers, before the first weight is read.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or is not this model's.
+        RankFailedError: another rank failed.
+    """
+    with agreed(model.tp):
+        load_rank(model, folder, progress)
+
+
+def load_rank(model: MambaForCausalLM, folder: str | Path, progress: Progress | None = None) -> TensorSource:
+    """:func:`load_model` for this rank alone, without a word to the others.
+
+    Returns:
+        what was read from, whose ``bytes_read`` says how much that was.
+    """
+    source = open_source(folder, rank=model.tp.rank, size=model.tp.size)
+    _fill(dict(sharded_parameters(model)), source, None, progress)
+    return source
+
+
+def load_mixer(mixer: MambaMixer, folder: str | Path, prefix: str) -> None:
+    """Fill one mixer from the tensors ``{prefix}.*`` of a checkpoint of any family; every rank calls this.
+
+    Args:
+        prefix: for example ``"backbone.layers.0.mixer"``, or ``"model.layers.0.mamba"`` in a Jamba checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, has nothing under ``prefix``, or has another mixer there.
+        RankFailedError: another rank failed.
+    """
+    with agreed(mixer.tp):
+        load_mixer_rank(mixer, folder, prefix)
+
+
+def load_mixer_rank(mixer: MambaMixer, folder: str | Path, prefix: str) -> TensorSource:
+    """:func:`load_mixer` for this rank alone, as :func:`load_rank`."""
+    source = open_source(folder, rank=mixer.tp.rank, size=mixer.tp.size)
+    root = f"{canonical_name(f'{prefix}.')}"
+    names = [name for name in source.names() if canonical_name(name).startswith(root)]
+    if not names:
+        raise CheckpointError(
+            f"{folder} holds no tensor under {prefix}: give the name of a Mamba layer's mixer"
+        )
+    _fill({f"{root}{name}": param for name, param in sharded_parameters(mixer)}, source, names, None)
+    return source
+
+
+def _fill(
+    parameters: Mapping[str, nn.Parameter],
+    source: TensorSource,
+    names: list[str] | None,
+    progress: Progress | None,
+) -> None:
+    matching = match(parameters, source, names=names)
+    tp = _sharded(matching.entries[0]).tp
+    verify_tied(source, matching, tp.rank, tp.size)
+    total, done = _bytes_of(source, matching), 0
+    for entry in matching:
+        sharded = _sharded(entry)
+        # The dtypes of A, D and dt bias are never taken through the model's: float32 from here on.
+        wide = torch.promote_types(entry.param.dtype, torch.float32) if entry.split.float32 else None
+        pieces = [
+            piece.to(device=entry.param.device, dtype=wide or piece.dtype)
+            for piece in read_pieces(source, entry.stored_name, entry.split, tp.rank, tp.size)
+        ]
+        sharded.load_local(entry.split.assemble(pieces, tp.rank, tp.size))
+        sharded.checkpoint_dtype = source.dtype(entry.stored_name)
+        done += _rank_bytes(source, entry)
+        if progress is not None:
+            progress("loading weights", done, total)
+
+
+def _sharded(entry: Entry) -> Sharded:
+    return entry.param.sharded  # type: ignore[attr-defined]
+
+
+def _rank_bytes(source: TensorSource, entry: Entry) -> int:
+    tp = _sharded(entry).tp
+    return prod(local_shape(entry.split, tp.rank, tp.size)) * source.dtype(entry.stored_name).itemsize
+
+
+def _bytes_of(source: TensorSource, matching: Matching) -> int:
+    return sum(_rank_bytes(source, entry) for entry in matching)

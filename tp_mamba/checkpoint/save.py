@@ -1,0 +1,156 @@
+"""Writing a model back as one full checkpoint in the -hf layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import nn
+
+from tp_mamba.checkpoint.agreement import agreed
+from tp_mamba.checkpoint.files import CONFIG, SAFETENSORS, copy_companions, write_json
+from tp_mamba.checkpoint.replace import replacing, writing
+from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
+from tp_mamba.sharding import Sharded, sharded_parameters
+
+if TYPE_CHECKING:
+    from tp_mamba.config import MambaConfig
+    from tp_mamba.model import MambaForCausalLM
+
+MAX_SHARD_BYTES: Final = 5 * 10**9
+"""Files larger than this are split, as the hub's own tools do."""
+
+
+def save_model(
+    model: MambaForCausalLM, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write ``model`` to ``folder`` as transformers would; every rank calls this, rank 0 writes.
+
+    Tensors are gathered one at a time; halves are merged and padding is trimmed. A, D and dt bias are written in
+    the dtype they were loaded from, so that loading and saving changes no bit; all else in the model's dtype.
+    The folder takes the place of an older checkpoint only when it is complete.
+
+    Args:
+        max_shard_bytes: how large one safetensors file may be; a larger tensor gets a file of its own.
+
+    Raises:
+        CheckpointError: ``folder`` is something other than a checkpoint.
+        CheckpointWriteError: (an OSError) it cannot be written; what stood there stays.
+        RankFailedError: on the other ranks, when rank 0 failed.
+    """
+    tp, target = model.tp, Path(folder)
+    parameters = dict(sharded_parameters(model))
+    specs = {name: (_file_dtype(param), _sharded(param).split.shape) for name, param in parameters.items()}
+    files = plan_files(specs, max_shard_bytes)
+    with ExitStack() as stack:
+        new: Path | None = None
+        with agreed(tp):
+            if tp.rank == 0:
+                new = stack.enter_context(replacing(target))
+                write_description(new, model.config, model.dtype, files, specs, model.checkpoint_folder)
+        for name, tensors in files.items():
+            _write_file(
+                model,
+                target,
+                new / name if new is not None else None,
+                {t: specs[t] for t in tensors},
+                parameters,
+            )
+        with agreed(tp):
+            stack.close()
+
+
+def plan_files(specs: Mapping[str, Spec], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
+    """File names in the -hf layout, each with its tensors in the model's order."""
+    groups: list[list[str]] = [[]]
+    room = max_bytes
+    for name, spec in specs.items():
+        if groups[-1] and nbytes(spec) > room:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(name)
+        room -= nbytes(spec)
+    if len(groups) == 1:
+        return {SAFETENSORS: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def write_description(
+    folder: Path,
+    config: MambaConfig,
+    dtype: torch.dtype,
+    files: Mapping[str, list[str]],
+    specs: Mapping[str, Spec],
+    origin: Path | None,
+) -> None:
+    """Write what stands beside the weights: config.json, the index of several files, the tokenizer of ``origin``."""
+    write_json(folder / CONFIG, dataclasses.replace(config, dtype=dtype).to_dict())
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        total = sum(map(nbytes, specs.values()))
+        write_json(
+            folder / f"{SAFETENSORS}.index.json",
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
+    if origin is not None:
+        copy_companions(origin, folder)
+
+
+def _write_file(
+    model: MambaForCausalLM,
+    target: Path,
+    path: Path | None,
+    specs: Mapping[str, Spec],
+    parameters: Mapping[str, nn.Parameter],
+) -> None:
+    """Gather the tensors of one file on every rank and write them on rank 0, the one with a ``path``.
+
+    A failed write does not end rank 0's part in the gathers, which the other ranks are waiting in; all stop
+    together at the end of the file.
+    """
+    failure: BaseException | None = None
+    with ExitStack() as stack:
+        writer: SafetensorsWriter | None = None
+        if path is not None:
+            try:
+                writer = stack.enter_context(SafetensorsWriter(path, specs))
+            except OSError as error:
+                failure = error
+        for name in write_order(specs):
+            full = _gather(parameters[name], specs[name][0])
+            if writer is None or failure is not None:
+                continue
+            try:
+                writer.write(name, full.cpu())
+            except OSError as error:
+                failure = error
+        with agreed(model.tp), writing(target):
+            if failure is not None:
+                raise failure
+            stack.close()
+
+
+def _gather(param: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+    """The full tensor as a checkpoint holds it; on rank 0 (elsewhere the padded gathering, which nobody reads)."""
+    sharded = _sharded(param)
+    split, tp = sharded.split, sharded.tp
+    local = sharded.read_local().to(dtype)
+    if split.dim is None:
+        return local
+    gathered = tp.all_gather(local, dim=split.dim)
+    return split.merge(gathered.chunk(tp.size, dim=split.dim)) if tp.rank == 0 else gathered
+
+
+def _file_dtype(param: nn.Parameter) -> torch.dtype:
+    sharded = _sharded(param)
+    if not sharded.split.float32:
+        return param.dtype
+    return sharded.checkpoint_dtype or torch.promote_types(param.dtype, torch.float32)
+
+
+def _sharded(param: nn.Parameter) -> Sharded:
+    return param.sharded  # type: ignore[attr-defined]

@@ -1,0 +1,125 @@
+"""Cutting a checkpoint into one file a rank, and putting it together again.
+
+One process, files only: a slice at a time is in memory, and no bit of any tensor changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tp_mamba.checkpoint.errors import CheckpointError
+from tp_mamba.checkpoint.files import CONFIG, MANIFEST, copy_companions, write_json
+from tp_mamba.checkpoint.load import Progress
+from tp_mamba.checkpoint.location import resolve
+from tp_mamba.checkpoint.matching import Entry, Matching, match, read_pieces, verify_tied
+from tp_mamba.checkpoint.replace import replacing
+from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
+from tp_mamba.checkpoint.save import plan_files, write_description
+from tp_mamba.checkpoint.sharded_source import local_shape, manifest, shard_file_name
+from tp_mamba.checkpoint.source import TensorSource, open_source
+from tp_mamba.config import MambaConfig
+from tp_mamba.model import MambaForCausalLM
+from tp_mamba.sharding import sharded_parameters
+from tp_mamba.tensor_parallel import TensorParallel
+
+
+def shard_checkpoint(
+    folder: str | Path, out: str | Path, tp_size: int, progress: Progress | None = None
+) -> None:
+    """Write the checkpoint ``folder`` (any supported layout, or a hub name) to ``out``, one file for each rank.
+
+    Loading those files with ``tp_size`` ranks, each rank reads its own file and no other; any other number of
+    ranks may load them too.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, is not of its config.json, or has fewer channels than ranks.
+        CheckpointWriteError: ``out`` cannot be written; what stood there stays.
+    """
+    origin = resolve(folder)
+    config = MambaConfig.from_pretrained(origin)
+    if not 1 <= tp_size <= config.intermediate_size:
+        raise CheckpointError(
+            f"cannot cut {origin} for {tp_size} ranks: it has {config.intermediate_size} channels, choose 1 to "
+            f"{config.intermediate_size} ranks"
+        )
+    source, matching = _open(origin, config)
+    entries = {entry.name: entry for entry in matching}
+    dtypes = {name: source.dtype(entry.stored_name) for name, entry in entries.items()}
+    ranks: list[dict[str, Spec]] = [
+        {name: (dtypes[name], local_shape(entry.split, rank, tp_size)) for name, entry in entries.items()}
+        for rank in range(tp_size)
+    ]
+    report = _counter(
+        "writing shards", sum(nbytes(spec) for specs in ranks for spec in specs.values()), progress
+    )
+    with replacing(out) as new:
+        write_json(
+            new / CONFIG, dataclasses.replace(config, dtype=_declared(config, source, matching)).to_dict()
+        )
+        write_json(new / MANIFEST, manifest(tp_size, {name: e.split for name, e in entries.items()}, dtypes))
+        copy_companions(origin, new)
+        for rank, specs in enumerate(ranks):
+            with SafetensorsWriter(new / shard_file_name(rank, tp_size), specs) as writer:
+                for name in write_order(specs):
+                    writer.write(name, _read_rank(source, entries[name], rank, tp_size))
+                    report(nbytes(specs[name]))
+
+
+def merge_checkpoint(folder: str | Path, out: str | Path, progress: Progress | None = None) -> None:
+    """Write the checkpoint ``folder``, of per-rank files or of any other layout, to ``out`` in the -hf layout.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or is not of its config.json.
+        CheckpointWriteError: ``out`` cannot be written; what stood there stays.
+    """
+    origin = resolve(folder)
+    config = MambaConfig.from_pretrained(origin)
+    source, matching = _open(origin, config)
+    entries = {entry.name: entry for entry in matching}
+    specs: dict[str, Spec] = {
+        name: (source.dtype(entry.stored_name), entry.split.shape) for name, entry in entries.items()
+    }
+    files = plan_files(specs)
+    report = _counter("merging", sum(map(nbytes, specs.values())), progress)
+    with replacing(out) as new:
+        write_description(new, config, _declared(config, source, matching), files, specs, origin)
+        for file, names in files.items():
+            wanted = {name: specs[name] for name in names}
+            with SafetensorsWriter(new / file, wanted) as writer:
+                for name in write_order(wanted):
+                    writer.write(name, source.read_all(entries[name].stored_name))
+                    report(nbytes(specs[name]))
+
+
+def _open(folder: Path, config: MambaConfig) -> tuple[TensorSource, Matching]:
+    source = open_source(folder)
+    model = MambaForCausalLM(config, tp=TensorParallel.virtual(0, 1), device="meta")
+    matching = match(dict(sharded_parameters(model)), source)
+    verify_tied(source, matching, 0, 1)
+    return source, matching
+
+
+def _declared(config: MambaConfig, source: TensorSource, matching: Matching) -> torch.dtype:
+    """The dtype a config.json should name: its own, else (raw files) that of the weights."""
+    return config.dtype or source.dtype(matching.entries[0].stored_name)
+
+
+def _read_rank(source: TensorSource, entry: Entry, rank: int, n: int) -> torch.Tensor:
+    pieces = read_pieces(source, entry.stored_name, entry.split, rank, n)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=entry.split.dim or 0)
+
+
+def _counter(what: str, total: int, progress: Progress | None) -> Callable[[int], None]:
+    done = 0
+
+    def add(nbytes_: int) -> None:
+        nonlocal done
+        done += nbytes_
+        if progress is not None:
+            progress(what, done, total)
+
+    return add
