@@ -182,7 +182,7 @@ class MambaCache:
         if name not in file.keys() or tuple(file.get_slice(name).get_shape()) != split.shape:  # noqa: SIM118
             found = file.get_slice(name).get_shape() if name in file.keys() else "nothing"  # noqa: SIM118
             raise ValueError(
-                f"{path}: {name} holds {found}, this model's state is {list(split.shape)}: load a state of the same model"
+                f"{path}: {name} holds {found}, this model's state is {list(split.shape)}: load one of the same model"
             )
         spans = split.spans(self.tp.rank, self.tp.size)
         view = file.get_slice(name)

@@ -42,6 +42,8 @@ class MambaMetadata:
     """Sequences, or pieces of one, that are taken in several tokens at a time."""
     num_prefill_tokens: int
     """The sum of their lengths."""
+    uses_slots: bool
+    """Whether any row has a slot, known without asking the device."""
     query_start_loc: torch.Tensor
     """``[S + 1]`` int32: row ``s`` holds tokens ``query_start_loc[s]`` up to ``query_start_loc[s + 1]``."""
     has_initial_states: torch.Tensor
@@ -149,6 +151,7 @@ class MambaMetadataBuilder:
             num_padded_decodes=padded,
             num_prefills=num_prefills,
             num_prefill_tokens=prefill_starts[-1],
+            uses_slots=any(slot != NULL_SLOT for slot in slots),
             query_start_loc=query_start_loc,
             has_initial_states=initial_states,
             state_indices=state_indices,

@@ -369,6 +369,10 @@ class MambaMixer(nn.Module):
                 f"{name}: the batch has {metadata.num_padded_decodes} decode rows but no state was passed: decoding "
                 "continues a state, so pass the layer's slots"
             )
+        elif state is None and metadata.uses_slots:
+            raise ValueError(
+                f"{name}: slots are named but no state was passed: pass the layer's slots, or NULL_SLOT"
+            )
         return metadata
 
     def get_state_shape(self) -> tuple[tuple[int, int], tuple[int, int]]:

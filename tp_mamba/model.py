@@ -308,8 +308,8 @@ class MambaForCausalLM(nn.Module):
         """
         if list(input_ids.shape) != [metadata.num_tokens]:
             raise ValueError(
-                f"got input_ids of shape {list(input_ids.shape)}, the metadata describes [{metadata.num_tokens}] packed "
-                "tokens: pass the metadata built for this batch"
+                f"got input_ids of shape {list(input_ids.shape)}, the metadata describes [{metadata.num_tokens}] "
+                "packed tokens: pass the metadata built for this batch"
             )
         h_TH = self.backbone(input_ids, metadata, cache)
         return self.lm_head(h_TH if logits_indices is None else h_TH[logits_indices])

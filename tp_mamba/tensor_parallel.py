@@ -130,7 +130,8 @@ class TensorParallel:
         return "none" if self.group is None else str(dist.get_backend(self.group))
 
     def __repr__(self) -> str:
-        return f"TensorParallel(rank={self.rank}, size={self.size}, backend={self.backend!r}, device={str(self.device)!r})"
+        where = f"backend={self.backend!r}, device={str(self.device)!r}"
+        return f"TensorParallel(rank={self.rank}, size={self.size}, {where})"
 
     def _require_group(self) -> dist.ProcessGroup:
         if self.group is None:
