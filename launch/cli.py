@@ -1,0 +1,168 @@
+"""The ``tp-mamba`` command: picks a verb, reports an error in one sentence, sets the exit status.
+
+Exit status: 0 done, 1 failed (or a comparison above its tolerance), 2 wrong usage, 128 + signal when stopped.
+A verb is a module ``tp_mamba.launch.<verb>`` with
+
+* ``HELP``, one line, and ``EXAMPLES``, lines to type;
+* ``add_arguments(parser)``, which imports nothing heavy;
+* ``prepare(args)``, run once before any rank starts: reads prompts, refuses what cannot work;
+* ``run(args, tp)``, the work, on every rank; its result is the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, cast
+
+from tp_mamba.launch.arguments import add_common
+from tp_mamba.launch.environment import (
+    leave_process_group,
+    make_tensor_parallel,
+    resolve_rank_count,
+    under_torchrun,
+)
+from tp_mamba.launch.failures import CONSEQUENCE_GRACE_S, StoppedError, record_failure
+
+if TYPE_CHECKING:
+    from tp_mamba.tensor_parallel import TensorParallel
+
+VERBS = ("generate", "verify", "plan", "info", "shard", "merge")
+
+DESCRIPTION = "Run a Mamba-1 checkpoint tensor-parallel, over the GPUs or CPU cores of one machine or many."
+
+EPILOG = """\
+examples:
+  tp-mamba generate ./mamba-130m-hf --prompt "The sea"            one process
+  tp-mamba generate ./mamba-2.8b-hf --tp 4 --prompt "The sea"     four ranks of this machine
+  tp-mamba plan ./mamba-2.8b-hf --tp 8                            what each rank would hold, without weights
+  tp-mamba verify ./mamba-130m-hf --tp 1,2,4                      are the logits right at every size?
+  torchrun --nproc-per-node 4 -m tp_mamba.launch.generate ./mamba-2.8b-hf --prompt "The sea"
+
+`tp-mamba VERB --help` shows the arguments of a verb, and more examples.
+"""
+
+
+class Verb(Protocol):
+    """What a module ``tp_mamba.launch.<verb>`` offers."""
+
+    HELP: str
+    EXAMPLES: str
+    USES_RANKS: bool
+    """``run`` wants ``args.tp`` ranks; otherwise it runs once, whatever ``--tp`` means to it."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+    def prepare(self, args: argparse.Namespace) -> None: ...
+    def run(self, args: argparse.Namespace, tp: TensorParallel | None) -> int: ...
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script ``tp-mamba``; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="tp-mamba",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name in VERBS:
+        verb = _load(name)
+        _fill(verbs.add_parser(name, help=verb.HELP, **_parser_texts(verb)), verb)
+    return execute(parser.parse_args(argv))
+
+
+def verb_main(name: str, argv: list[str] | None = None) -> int:
+    """``python -m tp_mamba.launch.<name>``, alone or under torchrun; returns the exit status."""
+    verb = _load(name)
+    parser = argparse.ArgumentParser(prog=f"tp-mamba {name}", **_parser_texts(verb))
+    _fill(parser, verb)
+    parser.set_defaults(verb=name)
+    return execute(parser.parse_args(argv))
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Run the verb that ``args`` name, turning every error into one sentence on stderr and a status."""
+    args.debug = args.debug or os.environ.get("TP_MAMBA_DEBUG") == "1"
+    failed = True
+    try:
+        status = _run(args)
+        failed = False
+        return status
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except StoppedError as stopped:
+        return 128 + stopped.signum
+    except Exception as error:
+        if "BrokenPipeError" in (type(error).__name__, getattr(error, "error", "")):
+            # The reader (`| head`) has left: nothing to say. Python would complain again on flushing at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        _report(error, args)
+        return 1
+    finally:
+        leave_process_group(failed=failed)
+
+
+def _run(args: argparse.Namespace) -> int:
+    verb = _load(args.verb)
+    verb.prepare(args)
+    if not verb.USES_RANKS:
+        return verb.run(args, None)
+    size = resolve_rank_count(args.tp, args.device)
+    if size > 1 and not under_torchrun():
+        from tp_mamba.launch.ranks import start_ranks
+
+        return int(start_ranks(run_rank, args, size=size, debug=args.debug))
+    return run_rank(args)
+
+
+def run_rank(args: argparse.Namespace) -> int:
+    """One rank's part of a verb: join the others and work."""
+    return _load(args.verb).run(args, make_tensor_parallel(args.device, args.backend))
+
+
+def _report(error: Exception, args: argparse.Namespace) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    failure = record_failure(error, rank)
+    if args.debug:
+        print(getattr(error, "trace", "") or failure.trace, file=sys.stderr, end="")
+    # Of the ranks that torchrun started, rank 0 speaks, and whoever has an error of its own to tell.
+    if rank == 0 or not failure.consequence:
+        where = f"rank {rank}: " if rank else ""
+        print(f"tp-mamba {args.verb}: error: {where}{failure.sentence}", file=sys.stderr, flush=True)
+    if failure.consequence:
+        time.sleep(CONSEQUENCE_GRACE_S)
+
+
+def _load(name: str) -> Verb:
+    return cast(Verb, import_module(f"tp_mamba.launch.{name}"))
+
+
+def _parser_texts(verb: Verb) -> dict[str, object]:
+    return {
+        "description": verb.HELP[0].upper() + verb.HELP[1:] + ".",
+        "epilog": "examples:\n" + verb.EXAMPLES,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
+def _fill(parser: argparse.ArgumentParser, verb: Verb) -> None:
+    verb.add_arguments(parser)
+    add_common(parser)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"tp-mamba {version('tp-mamba')}")
+        parser.exit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

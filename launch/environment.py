@@ -1,0 +1,96 @@
+"""Which ranks there are: this process alone, or those that torchrun (or ``--tp``) has started."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from tp_mamba.tensor_parallel import TensorParallel
+
+LEAVE_S = 10.0
+"""How long a failed rank may take to leave its process group before it is ended without ceremony."""
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The torch dtype of ``--dtype``; None stays None."""
+    import torch
+
+    return None if name is None else getattr(torch, name)  # type: ignore[no-any-return]
+
+
+def under_torchrun() -> bool:
+    """True in a process that torchrun, or :mod:`tp_mamba.launch.ranks`, started as one of several ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def resolve_rank_count(asked: int | str | None, device: str | None) -> int:
+    """How many ranks to run: ``--tp``, the GPUs of this host for ``auto``, or what torchrun has started.
+
+    Raises:
+        ValueError: torchrun has started another number of ranks than ``--tp`` asks for.
+    """
+    if under_torchrun():
+        world = int(os.environ["WORLD_SIZE"])
+        if isinstance(asked, int) and asked != world:
+            raise ValueError(
+                f"--tp {asked} under torchrun with {world} ranks: leave --tp out, "
+                f"or start torchrun with {asked} ranks"
+            )
+        return world
+    if asked == "auto":
+        import torch
+
+        return 1 if device == "cpu" else max(1, torch.cuda.device_count())
+    return asked if isinstance(asked, int) else 1
+
+
+def make_tensor_parallel(device: str | None, backend: str | None) -> TensorParallel:
+    """This process's :class:`TensorParallel`: torchrun's ranks if it started this process, else one rank.
+
+    Raises:
+        ValueError: ``device="cuda"`` without a GPU, or a backend that cannot serve the device.
+    """
+    import torch
+
+    from tp_mamba.tensor_parallel import TensorParallel
+
+    wanted = {"cpu": "gloo", "cuda": "nccl", None: None}[device]
+    if backend is not None and wanted is not None and backend != wanted:
+        raise ValueError(
+            f"--device {device} with --backend {backend}: {device} ranks communicate through {wanted}"
+        )
+    if (device == "cuda" or backend == "nccl") and not torch.cuda.is_available():
+        asked = "--device cuda" if device == "cuda" else "--backend nccl"
+        raise ValueError(
+            f"{asked} on a host where torch finds no GPU: use --device cpu, or a torch built for this GPU"
+        )
+    tp = TensorParallel.from_env(backend or wanted) if under_torchrun() else TensorParallel(device=device)
+    if tp.device.type == "cpu":
+        # Ranks on one host would each take every core and fight over them.
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    return tp
+
+
+def leave_process_group(*, failed: bool) -> None:
+    """Destroy this process's group, if it has joined one.
+
+    After a failure the other ranks may still wait inside a collective and the backend for them; the launcher
+    ends them as soon as this process is gone, so it must not stay.
+    """
+    if "torch.distributed" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if failed:
+        deadline = threading.Timer(LEAVE_S, os._exit, (1,))
+        deadline.daemon = True
+        deadline.start()
+    dist.destroy_process_group()

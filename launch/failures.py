@@ -1,0 +1,112 @@
+"""Which rank's error to tell a person about, when several ranks end because of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+RECORD_NAME = "failure.json"
+
+CONSEQUENCE_GRACE_S = 2.0
+"""How long a rank that only lost contact waits before it exits. The launcher looks at its ranks every tenth
+of a second and reports the first that it finds ended: it must find the one that broke."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankFailure:
+    """Why one rank ended."""
+
+    rank: int
+    error: str
+    """Name of the exception's type."""
+    sentence: str
+    trace: str
+    timestamp: float
+    """Seconds since the epoch, when the error was caught."""
+    consequence: bool
+    """The rank only lost contact with one that had failed before."""
+
+
+class LaunchError(RuntimeError):
+    """A rank failed; the message is its error in one sentence."""
+
+    def __init__(self, sentence: str, trace: str = "", error: str = "") -> None:
+        super().__init__(sentence)
+        self.trace = trace
+        self.error = error
+
+
+class StoppedError(RuntimeError):
+    """A signal told the launcher to stop; ``signum`` is its number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+def exit_sentence(rank: int, status: object) -> str:
+    """What to say of a rank that simply exited."""
+    return f"rank {rank} exited with status {status} before its work was done"
+
+
+def sentence_of(error: BaseException, rank: int) -> str:
+    """``error`` on one line; types that a person cannot place from the text alone are named."""
+    if isinstance(error, SystemExit):
+        return exit_sentence(rank, error.code)
+    text = " ".join(str(error).split())
+    plain = isinstance(error, ValueError | OSError | LaunchError) or type(error).__name__ == "RankFailedError"
+    return text if plain and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def is_consequence(error: BaseException) -> bool:
+    """True for what a rank meets when another one disappears: a broken connection, or word of its failure.
+
+    torch has types for NCCL's and the store's errors; gloo's arrive as a RuntimeError known by its text.
+    """
+    from torch.distributed import DistError
+
+    from tp_mamba.tensor_parallel import RankFailedError
+
+    if isinstance(error, RankFailedError | DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "gloo/transport" in text or "Connection closed by peer" in text
+    )
+
+
+def record_failure(error: BaseException, rank: int) -> RankFailure:
+    """Describe ``error`` and, for a rank with an error file of the launcher's, write it beside that file."""
+    failure = RankFailure(
+        rank=rank,
+        error=type(error).__name__,
+        sentence=sentence_of(error, rank),
+        trace="".join(traceback.format_exception(error)),
+        timestamp=time.time(),
+        consequence=is_consequence(error),
+    )
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        _write_atomically(Path(error_file).with_name(RECORD_NAME), json.dumps(asdict(failure)))
+        # torchrun shows this one in its report, in the format that torch.distributed.elastic reads.
+        extra = {"py_callstack": failure.trace, "timestamp": str(int(failure.timestamp))}
+        message = {"message": f"{failure.error}: {failure.sentence}", "extraInfo": extra}
+        _write_atomically(Path(error_file), json.dumps({"message": message}))
+    return failure
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    # The launcher may end this rank at any moment: a half-written record must never be read.
+    scratch = path.with_name(f"{path.name}.part")
+    scratch.write_text(text)
+    scratch.replace(path)
+
+
+def first_failure(folder: Path) -> RankFailure | None:
+    """The earliest record under ``folder``, causes before consequences; None if no rank left one."""
+    records = [RankFailure(**json.loads(path.read_text())) for path in folder.rglob(RECORD_NAME)]
+    return min(records, key=lambda failure: (failure.consequence, failure.timestamp), default=None)

@@ -1,0 +1,258 @@
+"""``tp-mamba generate``: continue one prompt or several, on one rank or many."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tp_mamba.launch.arguments import DTYPES, add_checkpoint, add_device, positive_int, rank_count
+from tp_mamba.launch.cli import verb_main
+from tp_mamba.launch.console import facts, human_bytes, print_json, progress_bar, show
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.table import Table
+
+    from tp_mamba.generation.generate import TokenEvent
+    from tp_mamba.model import MambaForCausalLM
+    from tp_mamba.tensor_parallel import TensorParallel
+
+USES_RANKS = True
+HELP = "continue one prompt or several; the text appears as it is made"
+EXAMPLES = """\
+  tp-mamba generate ./mamba-130m-hf --prompt "The sea"
+  tp-mamba generate state-spaces/mamba-130m-hf --tp auto --dtype bfloat16 --prompt "The sea"
+  tp-mamba generate ./mamba-130m-hf --tp 2 --temperature 0.8 --top-p 0.95 --seed 7 --prompt "The sea"
+  tp-mamba generate ./mamba-130m-hf --prompt "The sea" --prompt "The land" --max-new-tokens 32
+  echo "The sea" | tp-mamba generate ./mamba-130m-hf --prompt - --json
+  torchrun --nproc-per-node 2 -m tp_mamba.launch.generate ./mamba-130m-hf --prompt "The sea"
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue; may be repeated; - reads standard input",
+    )
+    parser.add_argument(
+        "--prompt-file",
+        action="append",
+        metavar="FILE",
+        help="a file whose whole text is one more prompt; may be repeated",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH_OR_NAME",
+        help="where tokenizer.json is, if it is not with the checkpoint",
+    )
+    ranks = parser.add_argument_group("ranks")
+    ranks.add_argument(
+        "--tp",
+        type=rank_count,
+        metavar="N",
+        help='tensor-parallel ranks to start (default 1); "auto": one for each GPU',
+    )
+    add_device(ranks)
+    ranks.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
+    sampling = parser.add_argument_group("sampling (the same text at every number of ranks)")
+    sampling.add_argument("--max-new-tokens", type=positive_int, default=128, metavar="N", help="default 128")
+    sampling.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy"
+    )
+    sampling.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: all"
+    )
+    sampling.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="smallest set of likeliest tokens of mass P"
+    )
+    sampling.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the likeliest"
+    )
+    sampling.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less"
+    )
+    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    sampling.add_argument(
+        "--stop-token-id",
+        action="append",
+        type=int,
+        default=[],
+        metavar="ID",
+        help="end at this token; may be repeated",
+    )
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Read the prompts and check the sampling parameters, before any rank starts."""
+    from tp_mamba.checkpoint.location import resolve
+    from tp_mamba.generation.params import SamplingParams
+
+    args.prompts = _read_prompts(args.prompt or [], args.prompt_file or [])
+    args.params = SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        stop_token_ids=tuple(args.stop_token_id),
+        stop=tuple(args.stop),
+        ignore_eos=args.ignore_eos,
+    )
+    # A model name is downloaded here, by one process.
+    args.checkpoint = str(resolve(args.checkpoint))
+
+
+def _read_prompts(texts: list[str], files: list[str]) -> list[str]:
+    prompts = [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in texts]
+    prompts += [Path(file).read_text().removesuffix("\n") for file in files]
+    if not prompts:
+        raise ValueError(
+            "no prompt was given: pass --prompt TEXT, --prompt-file FILE, or --prompt - for standard input"
+        )
+    if empty := [position for position, prompt in enumerate(prompts, 1) if not prompt]:
+        raise ValueError(f"prompt {empty[0]} of {len(prompts)} is empty: give it at least one character")
+    return prompts
+
+
+def run(args: argparse.Namespace, tp: TensorParallel) -> int:
+    """Load this rank's part of the model and generate; rank 0 prints."""
+    from tp_mamba.generation.generate import stream
+    from tp_mamba.generation.tokenizer import load_tokenizer
+    from tp_mamba.launch.environment import torch_dtype
+    from tp_mamba.model import MambaForCausalLM
+
+    tokenizer = load_tokenizer(args.tokenizer or args.checkpoint)
+    prompt_ids = [tokenizer.encode(prompt).ids for prompt in args.prompts]
+    with progress_bar(tp.rank == 0) as progress:
+        model = MambaForCausalLM.from_pretrained(
+            args.checkpoint, tp=tp, dtype=torch_dtype(args.dtype), device=tp.device, progress=progress
+        )
+    speaks = tp.rank == 0 and not args.json
+    output = Output(args.prompts, speaks)
+    output.follow(stream(model, prompt_ids, args.params, tokenizer))
+    report = {**describe(model), "prompt_tokens": sum(map(len, prompt_ids)), **output.timing()}
+    if speaks:
+        show(_summary(report))
+    elif tp.rank == 0:
+        print_json({"results": output.results(), **report})
+    return 0
+
+
+def describe(model: MambaForCausalLM) -> dict[str, object]:
+    """What runs where: ranks, backend, device, dtype, parameters of the whole model, bytes on each rank."""
+    from tp_mamba.sharding import sharded_parameters
+
+    parameters = [param for _, param in sharded_parameters(model)]
+    return {
+        "ranks": model.tp.size,
+        "backend": model.tp.backend,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(math.prod(param.sharded.split.shape) for param in parameters),  # type: ignore[attr-defined]
+        "bytes_per_rank": model.tp.all_gather_object(sum(param.nbytes for param in parameters)),
+    }
+
+
+def _summary(report: dict[str, object]) -> Table:
+    sizes: list[int] = report["bytes_per_rank"]  # type: ignore[assignment]
+    rate = report["tokens_per_second"]
+    return facts(
+        "",
+        [
+            (
+                "ranks",
+                f"{report['ranks']} x {report['device']}, backend {report['backend']}, {report['dtype']}",
+            ),
+            ("parameters", f"{report['parameters']:,} in all; {human_bytes(max(sizes))} a rank"),
+            (
+                "prompt",
+                f"{report['prompt_tokens']} tokens, first new token after {report['prefill_seconds']:.2f} s",
+            ),
+            (
+                "generated",
+                f"{report['new_tokens']} tokens" + (f", {rate:.1f} tokens/s" if rate is not None else ""),
+            ),
+        ],
+    )
+
+
+@dataclass(slots=True)
+class Output:
+    """Follows the stream of tokens on every rank, and prints them on the rank that speaks.
+
+    One prompt: its text is printed, then each piece as it is made. Several: each one with its text, under its
+    number, as soon as it is finished.
+    """
+
+    prompts: list[str]
+    speaks: bool
+    started: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    last: float = 0.0
+    pieces: list[list[str]] = field(init=False)
+    token_ids: list[list[int]] = field(init=False)
+    reasons: list[str | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pieces = [[] for _ in self.prompts]
+        self.token_ids = [[] for _ in self.prompts]
+        self.reasons = [None] * len(self.prompts)
+
+    def follow(self, events: Iterable[TokenEvent]) -> None:
+        """Take every event, in order."""
+        if self.speaks and len(self.prompts) == 1:
+            print(self.prompts[0], end="", flush=True)
+        for event in events:
+            self.last = time.perf_counter()
+            self.first = self.first or self.last
+            self.pieces[event.index].append(event.text or "")
+            self.token_ids[event.index].append(event.token_id)
+            self.reasons[event.index] = event.finish_reason
+            if self.speaks:
+                self._print(event)
+
+    def _print(self, event: TokenEvent) -> None:
+        if len(self.prompts) == 1:
+            print(event.text or "", end="\n" if event.finish_reason else "", flush=True)
+        elif event.finish_reason:
+            text = self.prompts[event.index] + "".join(self.pieces[event.index])
+            print(f"[{event.index + 1}] {text}\n", flush=True)
+
+    def results(self) -> list[dict[str, object]]:
+        """One entry a prompt, in the order given."""
+        columns = zip(self.prompts, self.pieces, self.token_ids, self.reasons, strict=True)
+        return [
+            {"prompt": prompt, "text": "".join(pieces), "token_ids": ids, "finish_reason": reason}
+            for prompt, pieces, ids, reason in columns
+        ]
+
+    def timing(self) -> dict[str, object]:
+        """Seconds to the first token; the rate of those after each prompt's first, None if there are none."""
+        first = self.last if self.first is None else self.first
+        tokens = sum(map(len, self.token_ids))
+        later, seconds = tokens - len(self.prompts), self.last - first
+        return {
+            "new_tokens": tokens,
+            "prefill_seconds": first - self.started,
+            "tokens_per_second": later / seconds if later > 0 and seconds > 0 else None,
+        }
+
+
+if __name__ == "__main__":
+    sys.exit(verb_main("generate"))

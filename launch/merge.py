@@ -1,0 +1,46 @@
+"""``tp-mamba merge``: restore the full checkpoint from the files of ``tp-mamba shard``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tp_mamba.launch.cli import verb_main
+from tp_mamba.launch.console import progress_bar, show_written
+
+if TYPE_CHECKING:
+    from tp_mamba.tensor_parallel import TensorParallel
+
+USES_RANKS = False
+HELP = "restore the full checkpoint from the files that `tp-mamba shard` wrote"
+EXAMPLES = """\
+  tp-mamba merge ./mamba-2.8b-tp4 ./mamba-2.8b-hf
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    parser.add_argument("shards", metavar="SHARDS", help="folder written by `tp-mamba shard`")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Nothing to do before the work: no rank is started."""
+
+
+def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
+    """Write the full checkpoint, then say what was written."""
+    from tp_mamba.checkpoint.shards import merge_checkpoint
+
+    start = time.perf_counter()
+    with progress_bar(not args.json) as progress:
+        merge_checkpoint(Path(args.shards), Path(args.out), progress)
+    show_written(Path(args.out), time.perf_counter() - start, {}, as_json=args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(verb_main("merge"))

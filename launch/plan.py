@@ -1,0 +1,229 @@
+"""``tp-mamba plan``: what each rank would hold, keep and send, worked out without weights."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tp_mamba.launch.arguments import DTYPES, add_checkpoint, positive_int
+from tp_mamba.launch.cli import verb_main
+from tp_mamba.launch.console import facts, human_bytes, print_json, show, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from tp_mamba.model import MambaForCausalLM
+    from tp_mamba.sharding import Split
+    from tp_mamba.tensor_parallel import TensorParallel
+
+USES_RANKS = False
+HELP = "show, without loading weights, what each rank would hold, keep for a sequence and send for a token"
+EXAMPLES = """\
+  tp-mamba plan ./mamba-2.8b-hf --tp 8
+  tp-mamba plan ./mamba-2.8b-hf --tp 8 --all          every layer, not one line for those that are alike
+  tp-mamba plan ./falcon-mamba-7b --tp 2 --dtype bfloat16 --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--tp",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="tensor-parallel ranks (default 1); none is started",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
+    parser.add_argument("--all", action="store_true", help="one line for every layer")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Nothing to do before the work: no rank is started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One parameter, or the same parameter of ``count`` layers that are alike."""
+
+    name: str
+    full_shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    split: str
+    dtype: str
+    local_bytes: int
+    """Bytes on a rank of one such parameter, padding included."""
+    padding_bytes: int
+    """Bytes of padding of one such parameter, over all ranks."""
+    count: int = 1
+
+
+def rows_of(model: MambaForCausalLM, n: int) -> list[Row]:
+    """One row for every parameter of a (meta) model of ``n`` ranks."""
+    from tp_mamba.sharding import sharded_parameters
+
+    rows = []
+    for name, param in sharded_parameters(model):
+        split: Split = param.sharded.split  # type: ignore[attr-defined]
+        local = split.local_shape(n)
+        size = param.element_size()
+        full_bytes = math.prod(split.shape) * size
+        local_bytes = math.prod(local) * size
+        rows.append(
+            Row(
+                name,
+                split.shape,
+                local,
+                _describe(split),
+                str(param.dtype).removeprefix("torch."),
+                local_bytes,
+                0 if split.dim is None else n * local_bytes - full_bytes,
+            )
+        )
+    return rows
+
+
+def _describe(split: Split) -> str:
+    if split.dim is None:
+        return "replicated"
+    return f"dim {split.dim}" + (f", {split.parts} parts" if split.parts > 1 else "")
+
+
+def collapse(rows: list[Row]) -> list[Row]:
+    """Join the rows of layers that are alike: ``backbone.layers.{0..23}.norm.weight`` with a count of 24."""
+    groups: dict[tuple[object, ...], list[tuple[int, Row]]] = {}
+    for row in rows:
+        match = re.search(r"(?<=\.layers\.)\d+(?=\.)", row.name)
+        pattern = row.name if match is None else f"{row.name[: match.start()]}{{}}{row.name[match.end() :]}"
+        key = (pattern, row.full_shape, row.local_shape, row.split, row.dtype)
+        groups.setdefault(key, []).append((-1 if match is None else int(match.group()), row))
+    joined = []
+    for (pattern, *_), members in groups.items():
+        first, last, row = members[0][0], members[-1][0], members[0][1]
+        layers = f"{{{first}..{last}}}" if len(members) > 1 else str(first)
+        name = str(pattern).replace("{}", layers)
+        joined.append(
+            Row(
+                name,
+                row.full_shape,
+                row.local_shape,
+                row.split,
+                row.dtype,
+                row.local_bytes,
+                row.padding_bytes,
+                len(members),
+            )
+        )
+    return joined
+
+
+def communication(model: MambaForCausalLM, n: int) -> dict[str, int]:
+    """What one token costs each rank in collectives: how many, and the bytes of their results.
+
+    Two all-reduces a layer, x_proj's partial sums ``[R+2N]`` in float32 and out_proj's ``[H]`` in the model's
+    dtype; one for the embedding ``[H]``; one all-gather of the logits ``[V]``, padding included.
+    """
+    from tp_mamba.sharding import padded_size
+
+    if n == 1:
+        return {"all_reduces": 0, "all_reduce_bytes": 0, "all_gathers": 0, "all_gather_bytes": 0}
+    config, size = model.config, model.dtype.itemsize
+    layer = max(4, size) * (config.time_step_rank + 2 * config.state_size) + size * config.hidden_size
+    return {
+        "all_reduces": 2 * config.num_hidden_layers + 1,
+        "all_reduce_bytes": config.num_hidden_layers * layer + size * config.hidden_size,
+        "all_gathers": 1,
+        "all_gather_bytes": size * padded_size(config.vocab_size, n),
+    }
+
+
+def state_bytes(model: MambaForCausalLM) -> int:
+    """Bytes of recurrent state of one sequence on one rank: convolution and SSM state of every layer."""
+    total = 0
+    for layer in model.backbone.layers:
+        mixer = layer.mixer
+        for shape, dtype in zip(mixer.get_state_shape(), mixer.get_state_dtype(), strict=True):
+            total += math.prod(shape) * dtype.itemsize
+    return total
+
+
+def make_plan(checkpoint: str, n: int, dtype: str | None) -> tuple[list[Row], dict[str, object]]:
+    """The rows and the totals of ``checkpoint`` over ``n`` ranks."""
+    from tp_mamba.config import MambaConfig
+    from tp_mamba.launch.environment import torch_dtype
+    from tp_mamba.model import MambaForCausalLM
+    from tp_mamba.tensor_parallel import TensorParallel
+
+    config = MambaConfig.from_pretrained(checkpoint)
+    # Shapes are the same on every rank, padding included: rank 0 stands for all.
+    model = MambaForCausalLM(config, tp=TensorParallel.virtual(0, n), dtype=torch_dtype(dtype), device="meta")
+    rows = rows_of(model, n)
+    return rows, {
+        "checkpoint": checkpoint,
+        "ranks": n,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(math.prod(row.full_shape) for row in rows),
+        "bytes_per_rank": sum(row.local_bytes for row in rows),
+        "padding_bytes": sum(row.padding_bytes for row in rows),
+        "state_bytes_per_sequence": state_bytes(model),
+        "communication_per_token": communication(model, n),
+    }
+
+
+def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
+    """Print the plan."""
+    rows, totals = make_plan(args.checkpoint, args.tp, args.dtype)
+    if args.json:
+        keys = ("name", "full_shape", "local_shape", "split", "dtype", "local_bytes", "padding_bytes")
+        print_json({**totals, "tensors": [{key: getattr(row, key) for key in keys} for row in rows]})
+        return 0
+    lines = [
+        (
+            row.name,
+            list(row.full_shape),
+            row.split,
+            list(row.local_shape),
+            row.dtype,
+            row.count,
+            human_bytes(row.count * row.local_bytes),
+        )
+        for row in (rows if args.all else collapse(rows))
+    ]
+    columns = ("parameter", "full shape", "split", "on each rank", "dtype", "count", "bytes a rank")
+    show(
+        table(f"{args.checkpoint} over {args.tp} ranks", columns, lines, left=5),
+        _totals(totals),
+        to_stdout=True,
+    )
+    return 0
+
+
+def _totals(totals: dict[str, object]) -> Table:
+    traffic: dict[str, int] = totals["communication_per_token"]  # type: ignore[assignment]
+    sent = (
+        "none"
+        if totals["ranks"] == 1
+        else (
+            f"{traffic['all_reduces']} all-reduces of {human_bytes(traffic['all_reduce_bytes'])} in all, "
+            f"{traffic['all_gathers']} all-gather of {human_bytes(traffic['all_gather_bytes'])}"
+        )
+    )
+    return facts(
+        "",
+        [
+            ("parameters", f"{totals['parameters']:,} ({totals['dtype']})"),
+            ("weights a rank", human_bytes(totals["bytes_per_rank"])),
+            ("padding, all ranks", human_bytes(totals["padding_bytes"])),
+            ("state a sequence, a rank", human_bytes(totals["state_bytes_per_sequence"])),
+            ("communication a token", sent),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(verb_main("plan"))

@@ -1,0 +1,54 @@
+"""``tp-mamba shard``: write one file of weights a rank, which loads without reading the others."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tp_mamba.launch.arguments import add_checkpoint, positive_int
+from tp_mamba.launch.cli import verb_main
+from tp_mamba.launch.console import progress_bar, show_written
+
+if TYPE_CHECKING:
+    from tp_mamba.tensor_parallel import TensorParallel
+
+USES_RANKS = False
+HELP = "split a checkpoint into one file a rank, which loads without reading the others"
+EXAMPLES = """\
+  tp-mamba shard ./mamba-2.8b-hf ./mamba-2.8b-tp4 --tp 4
+  tp-mamba generate ./mamba-2.8b-tp4 --tp 4 --prompt "The sea"
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    add_checkpoint(parser)
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--tp", type=positive_int, required=True, metavar="N", help="number of files; no rank is started"
+    )
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Find the checkpoint; a model name is downloaded."""
+    from tp_mamba.checkpoint.location import resolve
+
+    args.checkpoint = str(resolve(args.checkpoint))
+
+
+def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
+    """Write the files, then say what was written."""
+    from tp_mamba.checkpoint.shards import shard_checkpoint
+
+    start = time.perf_counter()
+    with progress_bar(not args.json) as progress:
+        shard_checkpoint(Path(args.checkpoint), Path(args.out), args.tp, progress)
+    show_written(Path(args.out), time.perf_counter() - start, {"ranks": args.tp}, as_json=args.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(verb_main("shard"))
