@@ -171,6 +171,33 @@ def test_text_is_what_the_tokenizer_makes_of_the_tokens() -> None:
         )
 
 
+def test_the_token_that_ends_a_text_is_no_part_of_it() -> None:
+    model, tokenizer, prompts = ToyModel(), tokenizer_of_letters(), [[1, 2, 3]]
+    params = SamplingParams(max_new_tokens=40, temperature=1.2)
+    free = generate(model, prompts, params, tokenizer)[0]
+    at = next(i for i, token in enumerate(free.token_ids) if 1 <= token <= 26 and i > 4)
+    params = SamplingParams(max_new_tokens=40, temperature=1.2, stop_token_ids=(free.token_ids[at],))
+    result = generate(model, prompts, params, tokenizer)[0]
+    ids = result.token_ids
+    assert ids == free.token_ids[: len(ids)]
+    assert (ids[-1], result.finish_reason) == (free.token_ids[at], "stop")
+    assert tokenizer.decode(prompts[0] + ids[:-1]) == tokenizer.decode(prompts[0]) + result.text
+    # The model's own end of text may be an ordinary token too.
+    model.config.eos_token_ids = (ids[-1],)
+    by_eos = generate(model, prompts, SamplingParams(max_new_tokens=40, temperature=1.2), tokenizer)[0]
+    assert (by_eos.text, by_eos.finish_reason) == (result.text, "eos")
+
+
+def test_text_that_waits_comes_out_at_the_end() -> None:
+    model, tokenizer, prompts = ToyModel(), tokenizer_of_letters(), [[1, 2, 3]]
+    free = generate(model, prompts, SamplingParams(max_new_tokens=40, temperature=1.2), tokenizer)[0]
+    lead_bytes = {tokenizer.token_to_id("æ"), tokenizer.token_to_id("è")}
+    length = 1 + next(i for i, token in enumerate(free.token_ids) if token in lead_bytes)
+    cut = generate(model, prompts, SamplingParams(max_new_tokens=length, temperature=1.2), tokenizer)[0]
+    assert tokenizer.decode(prompts[0] + cut.token_ids) == tokenizer.decode(prompts[0]) + cut.text
+    assert cut.text.endswith("\ufffd")
+
+
 def test_stop_strings_end_the_text_before_them() -> None:
     model, tokenizer, prompts = ToyModel(), tokenizer_of_letters(), prompts_of([3, 8, 5])
     free = generate(model, prompts, SamplingParams(max_new_tokens=40, temperature=1.2), tokenizer)

@@ -64,6 +64,13 @@ def test_keeps_what_transformers_keeps(vocab_size: int, filters: dict, device: s
     assert weights.sum(-1).max() <= 2**52
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.25, 1), (0.5, 2), (0.51, 3), (0.75, 3), (1.0, 4)])
+def test_top_p_at_the_very_edge(top_p: float, kept: int) -> None:
+    logits, params = torch.zeros(1, 4), SamplingParams(temperature=1.0, top_p=top_p)
+    assert (token_weights(logits, params) > 0).sum() == kept
+    assert reference_scores(logits, params).isfinite().sum() == kept
+
+
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 5.0])
 def test_repetition_penalty_is_transformers(penalty: float) -> None:
     generator = torch.Generator().manual_seed(3)

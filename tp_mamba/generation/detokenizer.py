@@ -69,16 +69,14 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The text still waiting, now that no more tokens follow: unfinished characters as U+FFFD."""
-        piece = self._decode()[self._given :]
-        self._advance(0)
-        return piece
+        return self._decode()[self._given :]
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._context + self._pending, skip_special_tokens=False)
 
     def _advance(self, waiting: int) -> None:
         """Make the pending tokens the context, all but the last ``waiting`` characters of it given out."""
-        self._context, self._pending = self._pending or self._context, []
+        self._context, self._pending = self._pending, []
         self._given = len(self._decode()) - waiting
 
 
