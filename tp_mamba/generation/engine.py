@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -41,17 +42,15 @@ class Engine:
     def __init__(
         self,
         model: MambaForCausalLM,
-        waiting: Iterator[ActiveSequence],
+        sequences: Iterable[ActiveSequence],
         params: SamplingParams,
         *,
         slots: int,
         max_prefill_tokens: int,
     ) -> None:
-        """Prepare to run the sequences of ``waiting``, at most ``slots`` at a time, all with the same
-        ``params``."""
+        """Prepare to run ``sequences`` in this order, at most ``slots`` at a time, with the same ``params``."""
         self._model, self._params, self._max_prefill_tokens = model, params, max_prefill_tokens
-        self._waiting = waiting
-        self._next = next(waiting, None)
+        self._waiting = deque(sequences)
         self._running: list[ActiveSequence] = []
         self._cache = model.new_cache(slots)
         self._builder = MambaMetadataBuilder(model.device)
@@ -66,7 +65,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any sequence is running or waiting."""
-        return bool(self._running) or self._next is not None
+        return bool(self._running or self._waiting)
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
@@ -101,7 +100,7 @@ class Engine:
         """Give back every slot, whether or not its sequence has ended; there is no step after this."""
         for sequence in list(self._running):
             self._release(sequence)
-        self._next = None
+        self._waiting.clear()
 
     def _release(self, sequence: ActiveSequence) -> None:
         self._running.remove(sequence)
@@ -114,9 +113,8 @@ class Engine:
             if sequence.remaining and budget:
                 chunks.append(_Chunk(sequence, min(sequence.remaining, budget)))
                 budget -= chunks[-1].length
-        while self._next is not None and budget and self._cache.num_free:
-            sequence = self._admit(self._next)
-            self._next = next(self._waiting, None)
+        while self._waiting and budget and self._cache.num_free:
+            sequence = self._admit(self._waiting.popleft())
             chunks.append(_Chunk(sequence, min(sequence.remaining, budget)))
             budget -= chunks[-1].length
         return chunks
@@ -148,8 +146,7 @@ class Engine:
         return self._model.forward_packed(input_ids, metadata, self._cache, logits_indices=logits_indices)
 
     def _sample(self, logits: torch.Tensor, sampling: list[ActiveSequence]) -> list[int]:
-        """The next token of each row of ``logits [B, V]``; the one place of a step that waits for the
-        device."""
+        """The next token of each row of ``logits [B, V]``; only here a step waits for the device."""
         uniforms = seen = slots = None
         if self._params.temperature > 0:
             drawn = np.asarray([sequence.uniforms.next() for sequence in sampling], dtype=np.float64)

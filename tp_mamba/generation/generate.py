@@ -125,10 +125,10 @@ def _events(
     """The generator behind :func:`stream`, whose ``finally`` runs however the consumer leaves it."""
     eos_ids = frozenset() if params.ignore_eos else frozenset(model.config.eos_token_ids)
     special_ids = frozenset() if tokenizer is None else special_token_ids(tokenizer)
-    sequences = (
+    sequences = [
         ActiveSequence.new(i, prompt, params, eos_ids, tokenizer, special_ids)
         for i, prompt in enumerate(prompts)
-    )
+    ]
     engine = Engine(model, sequences, params, slots=slots, max_prefill_tokens=max_prefill_tokens)
     try:
         while engine.busy:
