@@ -71,7 +71,7 @@ def test_forward_refuses(mixer: MambaMixer) -> None:
         prefill_slots=[0], prefill_lengths=[5], has_initial_states=[False]
     )
     with pytest.raises(ValueError, match="has 4 rows but the metadata describes 5 tokens"):
-        mixer(torch.zeros(4, 6), prefill)
+        mixer(torch.zeros(4, 6), prefill, MambaCache([mixer], 1).layer(0))
     with pytest.raises(ValueError, match="slots are named but no state was passed"):
         mixer(torch.zeros(5, 6), prefill)
     with pytest.raises(RuntimeError, match="backward"):

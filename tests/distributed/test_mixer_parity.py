@@ -9,7 +9,7 @@ import torch
 from model_factory import randomize
 from torch import nn
 from transformers import FalconMambaConfig, JambaConfig, MambaConfig
-from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
+from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaModel
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 from transformers.models.mamba.modeling_mamba import MambaMixer as HFMambaMixer
 
@@ -41,11 +41,12 @@ def _falcon() -> tuple[nn.Module, dict[str, Any]]:
         conv_kernel=2,
         time_step_rank=7,
         use_conv_bias=False,
+        num_hidden_layers=1,
+        vocab_size=8,
     )
-    return FalconMambaMixer(config, 0), {
-        "sizes": (12, 24, 2, 37, 7, False, False),
-        "norm": (True, False, 1e-6),
-    }
+    # Built through the model: transformers' mixer cannot initialise itself alone.
+    mixer = FalconMambaModel(config).layers[0].mixer
+    return mixer, {"sizes": (12, 24, 2, 37, 7, False, False), "norm": (True, False, 1e-6)}
 
 
 def _mamba() -> tuple[nn.Module, dict[str, Any]]:
