@@ -315,17 +315,43 @@ class MambaForCausalLM(nn.Module):
         return self.lm_head(h_TH if logits_indices is None else h_TH[logits_indices])
 
     def stream(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, tokenizer: Tokenizer | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_batch_size: int | None = None,
+        max_prefill_tokens: int = 8192,
     ) -> Iterator[TokenEvent]:
         """Generate for ``prompts`` token by token; see :func:`tp_mamba.generation.generate.stream`."""
         from tp_mamba.generation.generate import stream
 
-        return stream(self, prompts, params, tokenizer)
+        return stream(
+            self,
+            prompts,
+            params,
+            tokenizer,
+            max_batch_size=max_batch_size,
+            max_prefill_tokens=max_prefill_tokens,
+        )
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, tokenizer: Tokenizer | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_batch_size: int | None = None,
+        max_prefill_tokens: int = 8192,
     ) -> list[GenerationResult]:
         """Generate for ``prompts`` of any lengths; see :func:`tp_mamba.generation.generate.generate`."""
         from tp_mamba.generation.generate import generate
 
-        return generate(self, prompts, params, tokenizer)
+        return generate(
+            self,
+            prompts,
+            params,
+            tokenizer,
+            max_batch_size=max_batch_size,
+            max_prefill_tokens=max_prefill_tokens,
+        )

@@ -12,6 +12,9 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+# One function, renamed in torch 2.13, where the older name warns.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class RankFailedError(RuntimeError):
     """Another rank of the tensor-parallel group failed; the message names the rank and its error."""
@@ -148,15 +151,13 @@ class TensorParallel:
         return x
 
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """Concatenate every rank's ``x`` (equal shapes) along ``dim`` in rank order."""
+        """Concatenate every rank's ``x`` (equal shapes, at least one dimension) along ``dim`` in rank order."""
         if self.size == 1:
             return x
         group = self._require_group()
         x = x.contiguous()
         gathered = x.new_empty((self.size, *x.shape))
-        dist.all_gather_into_tensor(
-            gathered.view(self.size * x.shape[0], *x.shape[1:]) if x.dim() else gathered, x, group=group
-        )
+        _all_gather_single(gathered.flatten(0, 1), x, group=group)
         if dim % x.dim() == 0:
             return gathered.flatten(0, 1)
         return torch.cat(gathered.unbind(0), dim=dim)
