@@ -26,15 +26,15 @@ def causal_conv1d_cpu(
     pad_slot_id: int,
 ) -> None:
     """Same contract as ``causal_conv1d_triton.launch``; float64 inside for float64 input, else float32."""
-    real = None if cache_indices is None else cache_indices != pad_slot_id
-    if real is not None and bool(real.all()):
-        real = None
+    real = None  # [S] bool where some sequence has no slot
+    if cache_indices is not None and pad_slot_id in cache_indices.tolist():
+        real = cache_indices != pad_slot_id
     if cache_indices is not None and real is not None and zero_null:
         rows = real.nonzero().squeeze(1)
         part = torch.empty_like(x[rows])
-        slots = cache_indices[rows]
+        real_slots = cache_indices[rows]
         causal_conv1d_cpu(
-            part, x[rows], weight, bias, silu, states, None, slots, None, all_initial, False, pad_slot_id
+            part, x[rows], weight, bias, silu, states, None, real_slots, None, all_initial, False, pad_slot_id
         )
         out.zero_()
         out[rows] = part
@@ -56,14 +56,14 @@ def causal_conv1d_cpu(
     if states is not None:
         past = states[:S]
         if cache_indices is not None:
-            slots = cache_indices.long() if real is None else torch.where(real, cache_indices, 0).long()
-            past = states[slots]
+            slots = (cache_indices if real is None else torch.where(real, cache_indices, 0)).long()
+            past = states.index_select(0, slots)
         initial = real if all_initial else x.new_zeros(S, dtype=torch.bool)
         if has_initial_state is not None:
             initial = has_initial_state if real is None else has_initial_state & real
         if initial is not None:
             past = torch.where(initial.view(S, 1, 1), past, 0)
-    history = past[..., past.shape[2] - (K - 1) :].transpose(1, 2).to(dtype)
+    state_len = past.shape[2]
 
     if query_start_loc is not None:
         starts, lengths = query_start_loc[:-1].long(), query_start_loc.diff()
@@ -76,31 +76,35 @@ def causal_conv1d_cpu(
         inside = steps < lengths.view(S, 1)
         tokens = (starts.view(S, 1) + steps).clamp_max(last - 1)
         heads = x.new_empty((S, K - 1, D), dtype=dtype)
+        history = past[..., state_len - (K - 1) :].transpose(1, 2).to(dtype)
         _convolve(torch.cat([history, x_BLD[0, tokens].to(dtype)], 1), weight_KD, bias_D, silu, heads)
         out_BLD[0, tokens[inside]] = heads[inside].to(out.dtype)
-    elif L > 0:
-        n = min(L, K - 1)
-        _convolve(torch.cat([history, x_BLD[:, :n].to(dtype)], 1), weight_KD, bias_D, silu, out_BLD[:, :n])
-
-    if states is None or L == 0:
-        return
-    state_len = states.shape[2]
-    if query_start_loc is not None:
+        if states is None:
+            return
         position = lengths.view(S, 1) - state_len + torch.arange(state_len, device=x.device)
         newest = x[:, (starts.view(S, 1) + position).clamp(0, L - 1)].transpose(0, 1).to(states.dtype)
         kept = past.gather(2, (position + state_len).clamp_max(state_len - 1).unsqueeze(1).expand(-1, D, -1))
         new = torch.where(position.unsqueeze(1) < 0, kept, newest)
         written = lengths > 0 if real is None else real & (lengths > 0)
         slots = torch.arange(S, device=x.device) if slots is None else slots
-        states[slots[written]] = new[written]
+        states.index_copy_(0, slots[written], new[written])
         return
-    new = torch.cat([past[..., L:], x[..., max(L - state_len, 0) :].to(states.dtype)], 2)
+
+    if L == 0:
+        return
+    n = min(L, K - 1)
+    inputs = torch.cat([past, x[..., :n]], 2)
+    window = inputs[..., state_len - (K - 1) :].transpose(1, 2).to(dtype)
+    _convolve(window, weight_KD, bias_D, silu, out_BLD[:, :n])
+    if states is None:
+        return
+    new = inputs[..., n:] if n == L else torch.cat([past[..., L:], x[..., max(L - state_len, 0) :]], 2)
     if slots is None:
         states[:S] = new
     elif real is None:
-        states[slots] = new
+        states.index_copy_(0, slots, new.to(states.dtype))
     else:
-        states[slots[real]] = new[real]
+        states.index_copy_(0, slots[real], new[real].to(states.dtype))
 
 
 def _convolve(
