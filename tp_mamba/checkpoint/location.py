@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, model_info, snapshot_download
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import BIN_PATTERNS, COMPANIONS, CONFIG, SAFETENSORS_PATTERNS
@@ -39,24 +39,42 @@ def resolve(path_or_name: str | Path, *, config_only: bool = False) -> Path:
         raise CheckpointError(
             f"{name} does not exist: give a checkpoint folder or the name of a model on the hub"
         )
+    failure = _ask_hub(name)
     if config_only:
-        return _download(name, CONFIG)
-    found = _download(name, CONFIG, *COMPANIONS, *SAFETENSORS_PATTERNS)
+        return _download(name, (CONFIG,), failure)
+    found = _download(name, (CONFIG, *COMPANIONS, *SAFETENSORS_PATTERNS), failure)
     if not any(found.glob("*.safetensors")):
-        found = _download(name, *BIN_PATTERNS)
+        found = _download(name, BIN_PATTERNS, failure)
     return found
 
 
-def _download(name: str, *patterns: str) -> Path:
+def _ask_hub(name: str) -> Exception | None:
+    """Why the hub does not give ``name``, None if it does or is not to be asked.
+
+    snapshot_download would wait for ever for a hub that takes the call and never answers.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return None
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), etag_timeout=HUB_TIMEOUT_S))
-    except Exception as error:  # httpx, requests, hub and OS errors, depending on what the network does
+        model_info(name, timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # httpx, requests, hub and OS errors, depending on version and network
+        return error
+    return None
+
+
+def _download(name: str, patterns: tuple[str, ...], failure: Exception | None) -> Path:
+    """The snapshot of ``name`` with the files of ``patterns``; after a ``failure``, only what is there already."""
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=list(patterns), local_files_only=failure is not None)
+        )
+    except Exception as error:  # as above
         if constants.HF_HUB_OFFLINE:
             raise CheckpointError(
                 f"{name} is no folder here and not among the downloaded models, and HF_HUB_OFFLINE is set: "
                 "give a folder, or download the model first"
             ) from error
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = str(failure or error).strip().partition("\n")[0].rstrip(".")
         raise CheckpointError(
             f"{name} is no folder here and could not be downloaded from the Hugging Face hub ({reason}): "
             "check the name and the network, or give a folder"

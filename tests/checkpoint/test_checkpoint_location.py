@@ -1,0 +1,125 @@
+"""A folder, a hub name that is there, and one that is not."""
+
+import socket
+import time
+
+import pytest
+from huggingface_hub import HfApi, constants
+
+from tp_mamba.checkpoint import location
+from tp_mamba.checkpoint.errors import CheckpointError
+from tp_mamba.checkpoint.location import resolve
+
+
+def refuse(name, message, **options):
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        resolve(name, **options)
+    assert "\n" not in str(refusal.value)
+
+
+def test_folder(tmp_path):
+    assert resolve(tmp_path) == tmp_path
+    assert resolve(str(tmp_path)) == tmp_path
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert resolve("~/model") == tmp_path / "model"
+
+
+def test_file_and_missing_folder(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    refuse(tmp_path / "model.safetensors", "is a file: give the folder")
+    refuse(tmp_path / "nowhere", "does not exist: give a checkpoint folder")
+    refuse("./nowhere/at/all", "does not exist: give a checkpoint folder")
+
+
+def fake_hub(monkeypatch, folder, files):
+    """snapshot_download that 'downloads' those of ``files`` that match."""
+    from fnmatch import fnmatch
+
+    calls = []
+
+    def download(name, *, allow_patterns, local_files_only):
+        assert not local_files_only
+        calls.append(name)
+        for file in files:
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (folder / file).touch()
+        return str(folder)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(location, "model_info", lambda name, *, timeout: None)
+    monkeypatch.setattr(location, "snapshot_download", download)
+    return calls
+
+
+REPOSITORY = [
+    "config.json",
+    "tokenizer.json",
+    "README.md",
+    "pytorch_model.bin",
+    "tf_model.h5",
+    "consolidated.pth",
+]
+
+
+def test_download_prefers_safetensors(tmp_path, monkeypatch):
+    fake_hub(monkeypatch, tmp_path, [*REPOSITORY, "model.safetensors"])
+    assert resolve("owner/name") == tmp_path
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+def test_download_of_bin_files(tmp_path, monkeypatch):
+    fake_hub(monkeypatch, tmp_path, REPOSITORY)
+    resolve("owner/name")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "pytorch_model.bin",
+        "tokenizer.json",
+    ]
+
+
+def test_download_of_the_config_only(tmp_path, monkeypatch):
+    calls = fake_hub(monkeypatch, tmp_path, [*REPOSITORY, "model.safetensors"])
+    resolve("owner/name", config_only=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    assert calls == ["owner/name"]
+
+
+def test_offline_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    refuse(
+        "owner/no-such-model", "owner/no-such-model is no folder here .* HF_HUB_OFFLINE is set: give a folder"
+    )
+
+
+def test_network_failure_is_one_sentence(monkeypatch, tmp_path):
+    def fail(*args, **options):
+        raise ConnectionError("no route to host\nwith a second line")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(location, "model_info", fail)
+    refuse(
+        "owner/name",
+        r"owner/name is no folder here and could not be downloaded .*\(no route to host\): check",
+    )
+
+
+def test_hub_that_never_answers_does_not_hang(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(location, "HUB_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        api = HfApi(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(location, "model_info", api.model_info)
+        began = time.monotonic()
+        refuse("owner/name", "could not be downloaded from the Hugging Face hub")
+        assert time.monotonic() - began < 10

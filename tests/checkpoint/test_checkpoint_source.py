@@ -1,0 +1,255 @@
+"""Reading tensors out of files: slices, counting, and files that are not to be trusted."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tp_mamba.checkpoint.errors import CheckpointError
+from tp_mamba.checkpoint.source import open_source
+
+TENSORS = {
+    "a": torch.arange(60, dtype=torch.float32).reshape(12, 5),
+    "b": torch.arange(24, dtype=torch.float32).reshape(4, 1, 6).to(torch.bfloat16),
+    "c": torch.arange(7, dtype=torch.float64),
+}
+
+
+def write_safetensors(folder, tensors=TENSORS):
+    save_file(tensors, folder / "model.safetensors")
+
+
+def write_bin(folder, tensors=TENSORS):
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def write_legacy_bin(folder):
+    torch.save(TENSORS, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def write_indexed_safetensors(folder):
+    for name, tensor in TENSORS.items():
+        save_file({name: tensor}, folder / f"model-{name}.safetensors")
+    write_index(
+        folder / "model.safetensors.index.json", {name: f"model-{name}.safetensors" for name in TENSORS}
+    )
+
+
+def write_indexed_bin(folder):
+    for name, tensor in TENSORS.items():
+        torch.save({name: tensor}, folder / f"pytorch_model-{name}.bin")
+    write_index(
+        folder / "pytorch_model.bin.index.json", {name: f"pytorch_model-{name}.bin" for name in TENSORS}
+    )
+
+
+def write_index(path, weight_map):
+    path.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+
+
+LAYOUTS = [write_safetensors, write_indexed_safetensors, write_bin, write_legacy_bin, write_indexed_bin]
+
+
+@pytest.mark.parametrize("write", LAYOUTS)
+def test_slices_and_bytes(write, tmp_path):
+    write(tmp_path)
+    source = open_source(tmp_path)
+    assert source.names() == ["a", "b", "c"]
+    assert source.bytes_read == 0
+    for name, tensor in TENSORS.items():
+        assert source.shape(name) == tuple(tensor.shape)
+        assert source.dtype(name) == tensor.dtype
+        assert torch.equal(source.read_all(name), tensor)
+    read = source.bytes_read
+    assert read == sum(tensor.nbytes for tensor in TENSORS.values())
+    for dim, start, stop in [(0, 3, 7), (1, 0, 2), (1, 4, 5), (0, 11, 12), (0, 4, 4), (1, 5, 5)]:
+        expected = TENSORS["a"].narrow(dim, start, stop - start)
+        got = source.read("a", dim, start, stop)
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)
+        read += expected.nbytes
+        assert source.bytes_read == read
+
+
+def test_order_of_layouts(tmp_path):
+    """Per-rank files are tested with the sharder; then safetensors before .bin, an index before a single file."""
+    writers = [write_bin, write_indexed_bin, write_safetensors, write_indexed_safetensors]
+    expected = ["bin", "indexed bin", "safetensors", "indexed safetensors"]
+    for write, name in zip(writers, expected, strict=True):
+        write(tmp_path)
+        marked = {"a": TENSORS["a"], "b": TENSORS["b"], "c": TENSORS["c"], name: torch.ones(1)}
+        if write in (write_bin, write_safetensors):
+            write(tmp_path, marked)
+        elif write is write_indexed_bin:
+            torch.save({"c": marked["c"], name: marked[name]}, tmp_path / "pytorch_model-c.bin")
+            weight_map = {n: f"pytorch_model-{n}.bin" for n in TENSORS} | {name: "pytorch_model-c.bin"}
+            write_index(tmp_path / "pytorch_model.bin.index.json", weight_map)
+        else:
+            save_file({"c": marked["c"], name: marked[name]}, tmp_path / "model-c.safetensors")
+            weight_map = {n: f"model-{n}.safetensors" for n in TENSORS} | {name: "model-c.safetensors"}
+            write_index(tmp_path / "model.safetensors.index.json", weight_map)
+        assert name in open_source(tmp_path).names()
+
+
+def refuse(folder, message):
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        open_source(folder)
+    assert "\n" not in str(refusal.value)
+
+
+def test_no_weights(tmp_path):
+    refuse(tmp_path, "holds no weights: expected model.safetensors or pytorch_model.bin")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, -8])
+def test_truncated_safetensors(tmp_path, keep):
+    write_safetensors(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refuse(tmp_path, f"{path} is not a whole safetensors file .* truncated or damaged, fetch it again")
+
+
+def test_corrupt_safetensors(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"not json at all." + b"\0" * 99)
+    refuse(tmp_path, "is not a whole safetensors file")
+
+
+def test_safetensors_dtype_without_a_torch_name(tmp_path):
+    header = json.dumps({"a": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    with pytest.raises(CheckpointError, match=r"a in .* has dtype F8_E8M0, which is not supported"):
+        open_source(tmp_path).dtype("a")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+@pytest.mark.parametrize("write", [write_bin, write_legacy_bin])
+def test_truncated_bin(write, tmp_path, keep):
+    write(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    refuse(tmp_path, f"{path} is not a whole file of torch.save")
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickle_with_code_is_not_executed(tmp_path, zipped):
+    marker = tmp_path / "executed"
+    torch.save(
+        {"a": torch.ones(2), "b": Payload(marker)},
+        tmp_path / "pytorch_model.bin",
+        _use_new_zipfile_serialization=zipped,
+    )
+    refuse(
+        tmp_path,
+        r"asks for \w+.mkdir to be called while loading: it was not loaded and nothing of it was executed",
+    )
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.ones(2)], "holds a list, expected a dictionary"),
+        (
+            {"state_dict": {"a": torch.ones(2)}},
+            "holds 'state_dict' of type dict, expected nothing but named dense",
+        ),
+        ({3: torch.ones(2)}, "holds 3 of type Tensor, expected nothing but named dense"),
+        ({"a": torch.eye(3).to_sparse()}, "holds 'a' of type Tensor, expected nothing but named dense"),
+    ],
+)
+def test_bin_of_something_else(tmp_path, content, message):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    refuse(tmp_path, message)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+class TestIndex:
+    @pytest.fixture
+    def folder(self, kind, tmp_path):
+        folder = tmp_path / "checkpoint"
+        folder.mkdir()
+        (write_indexed_safetensors if kind == "safetensors" else write_indexed_bin)(folder)
+        return folder
+
+    @pytest.fixture
+    def index(self, folder):
+        return next(folder.glob("*.index.json"))
+
+    @pytest.fixture
+    def weight_map(self, index):
+        return json.loads(index.read_text())["weight_map"]
+
+    def test_missing_file(self, folder, weight_map):
+        (folder / weight_map["b"]).unlink()
+        refuse(folder, f"names {weight_map['b']}, which is missing")
+
+    def test_outside_by_dots(self, folder, index, weight_map):
+        shutil.copy(folder / weight_map["a"], folder.parent / "a")
+        write_index(index, weight_map | {"a": "../a"})
+        refuse(folder, "points at ../a, outside its folder")
+
+    def test_outside_by_absolute_path(self, folder, index, weight_map):
+        outside = shutil.copy(folder / weight_map["a"], folder.parent / "a")
+        write_index(index, weight_map | {"a": str(outside)})
+        refuse(folder, f"points at {outside}, outside its folder")
+
+    def test_outside_by_link(self, folder, weight_map):
+        outside = folder.parent / "a"
+        shutil.move(folder / weight_map["a"], outside)
+        (folder / weight_map["a"]).symlink_to(outside)
+        refuse(folder, f"a link to {outside} outside its folder")
+
+    def test_hub_cache_links_are_inside(self, folder, weight_map):
+        snapshot = folder.parent / "models--x" / "snapshots" / "0123"
+        blobs = folder.parent / "models--x" / "blobs"
+        blobs.mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        for i, file in enumerate(folder.iterdir()):
+            shutil.copy(file, blobs / str(i))
+            (snapshot / file.name).symlink_to(blobs / str(i))
+        assert open_source(snapshot).names() == ["a", "b", "c"]
+
+    def test_tensor_not_in_its_file(self, folder, index, weight_map):
+        write_index(index, weight_map | {"a": weight_map["b"]})
+        refuse(folder, "index says that a is in .*, but it is not there")
+
+    def test_tensor_not_in_any_file(self, folder, index, weight_map):
+        write_index(index, weight_map | {"d": weight_map["b"]})
+        refuse(folder, "index says that d is in .*, but it is not there")
+
+    def test_tensor_not_in_the_index(self, folder, index, weight_map, kind):
+        path = folder / weight_map["a"]
+        both = {"a": TENSORS["a"], "z": torch.ones(1)}
+        save_file(both, path) if kind == "safetensors" else torch.save(both, path)
+        refuse(folder, f"{path} holds z, which the index does not list")
+
+    def test_tensor_in_two_files(self, folder, weight_map, kind):
+        path = folder / weight_map["a"]
+        both = {"a": TENSORS["a"], "b": TENSORS["b"]}
+        save_file(both, path) if kind == "safetensors" else torch.save(both, path)
+        refuse(folder, f"b is both in {path} and in {weight_map['b']}")
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", "is not JSON"),
+            ("[]", "has no weight_map"),
+            ('{"weight_map": {"a": 3}}', "has no weight_map"),
+            ('{"weight_map": {}}', "lists no tensors"),
+        ],
+    )
+    def test_damaged(self, folder, index, text, message):
+        index.write_text(text)
+        refuse(folder, message)
