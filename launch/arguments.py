@@ -48,7 +48,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show stack traces (also TP_MAMBA_DEBUG=1)")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse._ActionsContainer) -> None:
     """``--device`` and ``--backend`` of the verbs that compute."""
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="where to compute (default: GPUs if there are enough)"

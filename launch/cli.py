@@ -16,11 +16,13 @@ import os
 import signal
 import sys
 import time
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
 
 from tp_mamba.launch.arguments import add_common
 from tp_mamba.launch.environment import (
+    in_process_group,
     leave_process_group,
     make_tensor_parallel,
     resolve_rank_count,
@@ -31,6 +33,7 @@ from tp_mamba.launch.failures import CONSEQUENCE_GRACE_S, StoppedError, record_f
 if TYPE_CHECKING:
     from tp_mamba.tensor_parallel import TensorParallel
 
+RAW = argparse.RawDescriptionHelpFormatter  # leaves the examples' lines as they are
 VERBS = ("generate", "verify", "plan", "info", "shard", "merge")
 
 DESCRIPTION = "Run a Mamba-1 checkpoint tensor-parallel, over the GPUs or CPU cores of one machine or many."
@@ -72,14 +75,14 @@ def main(argv: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name in VERBS:
         verb = _load(name)
-        _fill(verbs.add_parser(name, help=verb.HELP, **_parser_texts(verb)), verb)
+        _fill(verbs.add_parser(name, help=verb.HELP, formatter_class=RAW), verb)
     return execute(parser.parse_args(argv))
 
 
 def verb_main(name: str, argv: list[str] | None = None) -> int:
     """``python -m tp_mamba.launch.<name>``, alone or under torchrun; returns the exit status."""
     verb = _load(name)
-    parser = argparse.ArgumentParser(prog=f"tp-mamba {name}", **_parser_texts(verb))
+    parser = argparse.ArgumentParser(prog=f"tp-mamba {name}", formatter_class=RAW)
     _fill(parser, verb)
     parser.set_defaults(verb=name)
     return execute(parser.parse_args(argv))
@@ -123,6 +126,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def run_rank(args: argparse.Namespace) -> int:
     """One rank's part of a verb: join the others and work."""
+    if not args.debug:
+        warnings.simplefilter("ignore", FutureWarning)  # torch's word to developers, once for every rank
     return _load(args.verb).run(args, make_tensor_parallel(args.device, args.backend))
 
 
@@ -131,11 +136,13 @@ def _report(error: Exception, args: argparse.Namespace) -> None:
     failure = record_failure(error, rank)
     if args.debug:
         print(getattr(error, "trace", "") or failure.trace, file=sys.stderr, end="")
-    # Of the ranks that torchrun started, rank 0 speaks, and whoever has an error of its own to tell.
-    if rank == 0 or not failure.consequence:
+    # Of the ranks that torchrun started, rank 0 speaks, and whoever has an error of its own to tell. Before
+    # they have joined, all meet the same one, and rank 0 must not be ended before it has spoken.
+    echo = rank > 0 and (failure.consequence or not in_process_group())
+    if not echo:
         where = f"rank {rank}: " if rank else ""
         print(f"tp-mamba {args.verb}: error: {where}{failure.sentence}", file=sys.stderr, flush=True)
-    if failure.consequence:
+    if echo or failure.consequence:
         time.sleep(CONSEQUENCE_GRACE_S)
 
 
@@ -143,15 +150,9 @@ def _load(name: str) -> Verb:
     return cast(Verb, import_module(f"tp_mamba.launch.{name}"))
 
 
-def _parser_texts(verb: Verb) -> dict[str, object]:
-    return {
-        "description": verb.HELP[0].upper() + verb.HELP[1:] + ".",
-        "epilog": "examples:\n" + verb.EXAMPLES,
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-    }
-
-
 def _fill(parser: argparse.ArgumentParser, verb: Verb) -> None:
+    parser.description = f"{verb.HELP[0].upper()}{verb.HELP[1:]}."
+    parser.epilog = f"examples:\n{verb.EXAMPLES}"
     verb.add_arguments(parser)
     add_common(parser)
 

@@ -31,9 +31,9 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2), flush=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> Table:
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> Table:
     """A plain table; the first ``left`` columns are text, the others are figures set to the right."""
-    grid = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    grid = Table(box=None, header_style="bold", pad_edge=False)
     for position, column in enumerate(columns):
         grid.add_column(column, justify="left" if position < left else "right", overflow="fold")
     for row in rows:
@@ -41,9 +41,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     return grid
 
 
-def facts(title: str, pairs: Sequence[tuple[str, object]]) -> Table:
+def facts(pairs: Sequence[tuple[str, object]]) -> Table:
     """A table of two columns: what, and its value."""
-    grid = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
+    grid = Table(box=None, show_header=False, pad_edge=False)
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in pairs:
@@ -51,12 +51,12 @@ def facts(title: str, pairs: Sequence[tuple[str, object]]) -> Table:
     return grid
 
 
-def show(*tables: Table, to_stdout: bool = False) -> None:
-    """Print ``tables``, on stderr unless they are the result itself. Piped, they keep their full width."""
+def show(*parts: Table | str, to_stdout: bool = False) -> None:
+    """Print tables and lines of text, on stderr unless they are the result itself; piped, they keep their width."""
     stream = sys.stdout if to_stdout else sys.stderr
     console = Console(file=stream, width=None if stream.isatty() else 160, highlight=False, markup=False)
-    for each in tables:
-        console.print(each)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 def show_written(folder: Path, seconds: float, extra: dict[str, Any], *, as_json: bool) -> None:
@@ -67,7 +67,8 @@ def show_written(folder: Path, seconds: float, extra: dict[str, Any], *, as_json
         names = [path.name for path in files]
         print_json({"folder": str(folder), "files": names, "bytes": size, "seconds": seconds, **extra})
     else:
-        print(f"wrote {folder}: {len(files)} files of weights, {human_bytes(size)}, in {seconds:.1f} s")
+        plural = "s" if len(files) > 1 else ""
+        print(f"wrote {folder}: {human_bytes(size)} of weights in {len(files)} file{plural}, {seconds:.1f} s")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     """The torch dtype of ``--dtype``; None stays None."""
     import torch
 
-    return None if name is None else getattr(torch, name)  # type: ignore[no-any-return]
+    return None if name is None else getattr(torch, name)
 
 
 def under_torchrun() -> bool:
@@ -77,18 +77,25 @@ def make_tensor_parallel(device: str | None, backend: str | None) -> TensorParal
     return tp
 
 
+def in_process_group() -> bool:
+    """Whether this process has joined the other ranks."""
+    if "torch.distributed" not in sys.modules:
+        return False
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
 def leave_process_group(*, failed: bool) -> None:
     """Destroy this process's group, if it has joined one.
 
     After a failure the other ranks may still wait inside a collective and the backend for them; the launcher
     ends them as soon as this process is gone, so it must not stay.
     """
-    if "torch.distributed" not in sys.modules:
+    if not in_process_group():
         return
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized()):
-        return
     if failed:
         deadline = threading.Timer(LEAVE_S, os._exit, (1,))
         deadline.daemon = True

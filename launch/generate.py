@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tp_mamba.launch.arguments import DTYPES, add_checkpoint, add_device, positive_int, rank_count
 from tp_mamba.launch.cli import verb_main
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     return 0
 
 
-def describe(model: MambaForCausalLM) -> dict[str, object]:
+def describe(model: MambaForCausalLM) -> dict[str, Any]:
     """What runs where: ranks, backend, device, dtype, parameters of the whole model, bytes on each rank."""
     from tp_mamba.sharding import sharded_parameters
 
@@ -164,16 +164,15 @@ def describe(model: MambaForCausalLM) -> dict[str, object]:
         "backend": model.tp.backend,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": sum(math.prod(param.sharded.split.shape) for param in parameters),  # type: ignore[attr-defined]
+        "parameters": sum(math.prod(param.sharded.split.shape) for param in parameters),  # type: ignore[attr-defined, misc]
         "bytes_per_rank": model.tp.all_gather_object(sum(param.nbytes for param in parameters)),
     }
 
 
-def _summary(report: dict[str, object]) -> Table:
-    sizes: list[int] = report["bytes_per_rank"]  # type: ignore[assignment]
+def _summary(report: dict[str, Any]) -> Table:
+    sizes: list[int] = report["bytes_per_rank"]
     rate = report["tokens_per_second"]
     return facts(
-        "",
         [
             (
                 "ranks",
@@ -234,7 +233,7 @@ class Output:
             text = self.prompts[event.index] + "".join(self.pieces[event.index])
             print(f"[{event.index + 1}] {text}\n", flush=True)
 
-    def results(self) -> list[dict[str, object]]:
+    def results(self) -> list[dict[str, Any]]:
         """One entry a prompt, in the order given."""
         columns = zip(self.prompts, self.pieces, self.token_ids, self.reasons, strict=True)
         return [
@@ -242,7 +241,7 @@ class Output:
             for prompt, pieces, ids, reason in columns
         ]
 
-    def timing(self) -> dict[str, object]:
+    def timing(self) -> dict[str, Any]:
         """Seconds to the first token; the rate of those after each prompt's first, None if there are none."""
         first = self.last if self.first is None else self.first
         tokens = sum(map(len, self.token_ids))

@@ -7,7 +7,7 @@ import math
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tp_mamba.launch.arguments import add_checkpoint
 from tp_mamba.launch.cli import verb_main
@@ -48,11 +48,11 @@ def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
     if args.json:
         print_json(report)
     else:
-        show(facts(str(report["checkpoint"]), _lines(report)), to_stdout=True)
+        show(str(report["checkpoint"]), facts(_lines(report)), to_stdout=True)
     return 0 if report["complete"] else 1
 
 
-def inspect_checkpoint(folder: Path) -> dict[str, object]:
+def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """Everything ``tp-mamba info`` says, from config.json and the headers of the files in ``folder``."""
     from tp_mamba.checkpoint.source import open_source
     from tp_mamba.config import MambaConfig
@@ -116,10 +116,10 @@ def _layout(folder: Path) -> str:
     )
 
 
-def _lines(report: dict[str, object]) -> list[tuple[str, object]]:
-    sizes: dict[str, int] = report["sizes"]  # type: ignore[assignment]
-    files: dict[str, int] = report["files"]  # type: ignore[assignment]
-    stored = ", ".join(f"{count} tensors {name}" for name, count in report["stored_dtypes"].items())  # type: ignore[attr-defined]
+def _lines(report: dict[str, Any]) -> list[tuple[str, object]]:
+    sizes: dict[str, int] = report["sizes"]
+    files: dict[str, int] = report["files"]
+    stored = ", ".join(f"{count} tensors {name}" for name, count in report["stored_dtypes"].items())
     names = ", ".join(files) if len(files) <= SHOWN else f"{len(files)} files"
     lines: list[tuple[str, object]] = [
         ("family", f"{report['family']}, {report['layout']}"),
@@ -136,8 +136,8 @@ def _lines(report: dict[str, object]) -> list[tuple[str, object]]:
     ]
     for kind in ("missing", "unknown", "misshapen"):
         if found := report[kind]:
-            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""  # type: ignore[arg-type]
-            lines.append((kind, ", ".join(found[:SHOWN]) + more))  # type: ignore[index]
+            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+            lines.append((kind, ", ".join(found[:SHOWN]) + more))
     return lines
 
 

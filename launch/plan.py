@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tp_mamba.launch.arguments import DTYPES, add_checkpoint, positive_int
 from tp_mamba.launch.cli import verb_main
@@ -103,10 +103,10 @@ def collapse(rows: list[Row]) -> list[Row]:
         key = (pattern, row.full_shape, row.local_shape, row.split, row.dtype)
         groups.setdefault(key, []).append((-1 if match is None else int(match.group()), row))
     joined = []
-    for (pattern, *_), members in groups.items():
+    for (shared_name, *_), members in groups.items():
         first, last, row = members[0][0], members[-1][0], members[0][1]
         layers = f"{{{first}..{last}}}" if len(members) > 1 else str(first)
-        name = str(pattern).replace("{}", layers)
+        name = str(shared_name).replace("{}", layers)
         joined.append(
             Row(
                 name,
@@ -145,14 +145,13 @@ def communication(model: MambaForCausalLM, n: int) -> dict[str, int]:
 def state_bytes(model: MambaForCausalLM) -> int:
     """Bytes of recurrent state of one sequence on one rank: convolution and SSM state of every layer."""
     total = 0
-    for layer in model.backbone.layers:
-        mixer = layer.mixer
+    for mixer in model.mixers():
         for shape, dtype in zip(mixer.get_state_shape(), mixer.get_state_dtype(), strict=True):
             total += math.prod(shape) * dtype.itemsize
     return total
 
 
-def make_plan(checkpoint: str, n: int, dtype: str | None) -> tuple[list[Row], dict[str, object]]:
+def make_plan(checkpoint: str, n: int, dtype: str | None) -> tuple[list[Row], dict[str, Any]]:
     """The rows and the totals of ``checkpoint`` over ``n`` ranks."""
     from tp_mamba.config import MambaConfig
     from tp_mamba.launch.environment import torch_dtype
@@ -195,16 +194,13 @@ def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
         for row in (rows if args.all else collapse(rows))
     ]
     columns = ("parameter", "full shape", "split", "on each rank", "dtype", "count", "bytes a rank")
-    show(
-        table(f"{args.checkpoint} over {args.tp} ranks", columns, lines, left=5),
-        _totals(totals),
-        to_stdout=True,
-    )
+    title = f"{args.checkpoint} over {args.tp} rank{'s' * (args.tp > 1)}"
+    show(title, "", table(columns, lines, left=5), "", _totals(totals), to_stdout=True)
     return 0
 
 
-def _totals(totals: dict[str, object]) -> Table:
-    traffic: dict[str, int] = totals["communication_per_token"]  # type: ignore[assignment]
+def _totals(totals: dict[str, Any]) -> Table:
+    traffic: dict[str, int] = totals["communication_per_token"]
     sent = (
         "none"
         if totals["ranks"] == 1
@@ -214,7 +210,6 @@ def _totals(totals: dict[str, object]) -> Table:
         )
     )
     return facts(
-        "",
         [
             ("parameters", f"{totals['parameters']:,} ({totals['dtype']})"),
             ("weights a rank", human_bytes(totals["bytes_per_rank"])),

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tp_mamba.launch.arguments import add_checkpoint, add_device, positive_int, rank_counts
 from tp_mamba.launch.cli import verb_main
@@ -166,10 +166,10 @@ def transformers_logits(args: argparse.Namespace) -> torch.Tensor:
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
     with torch.inference_mode():
-        return model(input_ids(args), use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+        return model(input_ids(args), use_cache=False).logits[0].float()
 
 
-def compare(logits: torch.Tensor, reference: torch.Tensor, tolerance: float) -> dict[str, object]:
+def compare(logits: torch.Tensor, reference: torch.Tensor, tolerance: float) -> dict[str, Any]:
     """Largest error relative to the reference's largest logit, share of equal greedy tokens, verdict."""
     error = float((logits - reference).abs().max() / reference.abs().max())
     agreement = float((logits.argmax(-1) == reference.argmax(-1)).float().mean())
@@ -222,10 +222,10 @@ def _logits_of(args: argparse.Namespace, size: int) -> torch.Tensor:
     with tempfile.TemporaryDirectory(prefix="tp-mamba-") as folder:
         out = str(Path(folder) / "logits.pt")
         start_ranks(rank_logits, args, out, size=size, debug=args.debug)
-        return torch.load(out, weights_only=True)  # type: ignore[no-any-return]
+        return torch.load(out, weights_only=True)
 
 
-def _print(args: argparse.Namespace, verdicts: list[dict[str, object]]) -> None:
+def _print(args: argparse.Namespace, verdicts: list[dict[str, Any]]) -> None:
     if args.json:
         ok = all(verdict["ok"] for verdict in verdicts)
         print_json(
@@ -249,9 +249,8 @@ def _print(args: argparse.Namespace, verdicts: list[dict[str, object]]) -> None:
     ]
     against = "transformers" if args.reference == "transformers" else "one rank"
     title = f"{args.checkpoint}, float32 logits against {against}, tolerance {args.tolerance:g}"
-    show(
-        table(title, ("ranks", "max error / max logit", "greedy agreement", "verdict"), rows), to_stdout=True
-    )
+    columns = ("ranks", "max error / max logit", "greedy agreement", "verdict")
+    show(title, table(columns, rows), to_stdout=True)
 
 
 if __name__ == "__main__":
