@@ -1,0 +1,62 @@
+"""What the ranks of tests/launch/test_ranks.py do; a module of its own, because started ranks import it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from tp_mamba.tensor_parallel import TensorParallel
+
+
+def add_ranks(offset: int) -> tuple[int, float]:
+    """Every rank contributes its number; rank 0's result reaches the launcher."""
+    tp = TensorParallel.from_env("gloo")
+    return tp.size, float(tp.all_reduce_(torch.tensor([float(tp.rank + offset)])))
+
+
+def reduce_for_ever(victim: int, fault: str, after: int) -> None:
+    """All ranks reduce without end; after ``after`` rounds rank ``victim`` meets its ``fault``."""
+    tp = TensorParallel.from_env("gloo")
+    for step in range(1_000_000):
+        if tp.rank == victim and step == after:
+            meet(fault)
+        tp.all_reduce_(torch.ones(4))
+
+
+def meet(fault: str) -> None:
+    """End this process's work in one of the ways that a rank may end; leave the time in FAULT_TIME's file."""
+    Path(os.environ["FAULT_TIME"]).write_text(str(time.time()))
+    if fault == "raise":
+        raise ValueError("the weights of this rank are bad")
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "exit":
+        os._exit(7)
+    if fault == "leave":
+        os._exit(0)
+
+
+def fail_while_others_wait(victim: int) -> None:
+    """Rank ``victim`` raises before it has joined; the others wait for it in the rendezvous."""
+    if int(os.environ["RANK"]) == victim:
+        raise ValueError("no such checkpoint")
+    TensorParallel.from_env("gloo").barrier()
+
+
+def all_raise(slow: int) -> None:
+    """Every rank raises an error of its own, rank ``slow`` last."""
+    rank = int(os.environ["RANK"])
+    if rank == slow:
+        time.sleep(0.5)
+    raise ValueError(f"error of rank {rank}")
+
+
+def sleep_for_ever() -> None:
+    """Wait to be ended."""
+    TensorParallel.from_env("gloo").barrier()
+    print("started", flush=True)
+    time.sleep(600)

@@ -1,0 +1,184 @@
+"""The command's face: help, version, exit statuses, and one sentence for whatever is wrong. No ranks here."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from tp_mamba.launch import cli
+from tp_mamba.launch.arguments import rank_count, rank_counts
+from tp_mamba.launch.environment import resolve_rank_count
+
+USAGE = 2
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr; nothing may be on stdout."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_every_verb_has_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([verb, "--help"])
+    assert left.value.code == 0
+    assert f"tp-mamba {verb} ./" in capsys.readouterr().out
+
+
+def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--help"])
+    assert left.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"\n    {verb} " in out for verb in cli.VERBS)
+    assert "torchrun --nproc-per-node" in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"tp-mamba {version('tp-mamba')}\n"
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_module_of_a_verb_asks_for_help_without_torch(verb: str) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['x', '--help']\n"
+        "try:\n"
+        f"    runpy.run_module('tp_mamba.launch.{verb}', run_name='__main__')\n"
+        "except SystemExit as left:\n"
+        "    sys.exit(left.code or ('torch' in sys.modules) * 77)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: tp-mamba {verb} ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        ([], "arguments are required: VERB"),
+        (["translate"], "invalid choice: 'translate'"),
+        (["generate"], "arguments are required: CHECKPOINT"),
+        (["generate", "x", "--tp", "0"], "got '0', expected a number of ranks of at least 1, or \"auto\""),
+        (["generate", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["generate", "x", "--max-new-tokens", "-1"], "expected a whole number of at least 1"),
+        (["verify", "x", "--tp", "1,two"], "expected numbers of ranks divided by commas"),
+        (["plan", "x", "--tp", "auto"], "got 'auto', expected a whole number of at least 1"),
+        (["shard", "x", "y"], "arguments are required: --tp"),
+        (["merge", "x"], "arguments are required: OUT"),
+    ],
+)
+def test_wrong_usage(argv: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(argv)
+    assert left.value.code == USAGE
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["generate", "verify", "plan", "info", "shard"])
+def test_a_folder_that_is_not_there(verb: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tmp_path / "no-such-folder"
+    rest = {"generate": ["--prompt", "x"], "shard": [str(tmp_path / "out"), "--tp", "2"]}.get(verb, [])
+    assert cli.main([verb, str(folder), *rest]) == 1
+    line = error_line(capsys)
+    assert line.startswith(f"tp-mamba {verb}: error: ")
+    assert str(folder) in line
+
+
+def test_merge_of_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["merge", str(tmp_path / "none"), str(tmp_path / "out")]) == 1
+    assert error_line(capsys).startswith("tp-mamba merge: error: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        ([], "no prompt was given: pass --prompt TEXT, --prompt-file FILE, or --prompt - for standard input"),
+        (["--prompt", "a", "--prompt", ""], "prompt 2 of 2 is empty: give it at least one character"),
+        (["--prompt-file", "/no/such/file"], "No such file or directory: '/no/such/file'"),
+        (["--prompt", "a", "--top-p", "2"], "top_p=2.0"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0"),
+        (["--prompt", "a", "--device", "cpu", "--backend", "nccl"], "--device cpu with --backend nccl"),
+    ],
+)
+def test_what_generate_refuses(
+    extra: list[str], told: str, sample: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", str(sample), *extra]) == 1
+    assert told in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        (
+            ["--tokens", "4", "--prompt", "a"],
+            "both --tokens and --prompt were given: choose random ids or a text",
+        ),
+        (["--tolerance", "nan"], "--tolerance is nan: it must be a finite number of at least 0"),
+    ],
+)
+def test_what_verify_refuses(
+    extra: list[str], told: str, sample: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verify", str(sample), *extra]) == 1
+    assert told in error_line(capsys)
+
+
+def test_empty_standard_input(
+    sample: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert cli.main(["generate", str(sample), "--prompt", "-"]) == 1
+    assert "prompt 1 of 1 is empty" in error_line(capsys)
+
+
+def test_debug_shows_the_stack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(tmp_path / "none"), "--debug"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("tp-mamba plan: error: ")
+
+
+def test_tp_under_torchrun_must_be_the_world_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert resolve_rank_count(None, None) == 4
+    assert resolve_rank_count("auto", None) == 4
+    assert resolve_rank_count(4, None) == 4
+    with pytest.raises(ValueError, match=r"^--tp 2 under torchrun with 4 ranks: leave --tp out, or start"):
+        resolve_rank_count(2, None)
+
+
+def test_rank_counts() -> None:
+    assert rank_counts("1, 2,4,2") == [1, 2, 4]
+    assert rank_count("auto") == "auto"
+    assert rank_count("8") == 8
+    with pytest.raises(argparse.ArgumentTypeError):
+        rank_counts("1,")
+
+
+def test_auto_on_a_cpu_is_one_rank() -> None:
+    assert resolve_rank_count("auto", "cpu") == 1
+    assert resolve_rank_count(None, None) == 1
+
+
+def test_several_errors_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A file in place of config.json's JSON: the parser's own text must not break the line.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"})[:-1] + "\n\n")
+    assert cli.main(["info", str(tmp_path)]) == 1
+    assert "config.json" in error_line(capsys)

@@ -1,0 +1,58 @@
+"""Which error is told, and in which words; no process is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch.distributed import DistBackendError
+
+from tp_mamba.launch.failures import first_failure, is_consequence, record_failure, sentence_of
+from tp_mamba.tensor_parallel import RankFailedError
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("two\n  lines"), "two lines"),
+        (FileNotFoundError(2, "No such file or directory", "x"), "[Errno 2] No such file or directory: 'x'"),
+        (RankFailedError("rank 1 of 2 failed: bad"), "rank 1 of 2 failed: bad"),
+        (KeyError("layer"), "KeyError: 'layer'"),
+        (RuntimeError("out of memory"), "RuntimeError: out of memory"),
+        (ValueError(), "ValueError"),
+        (SystemExit(3), "rank 5 exited with status 3 before its work was done"),
+    ],
+)
+def test_sentence(error: BaseException, sentence: str) -> None:
+    assert sentence_of(error, 5) == sentence
+
+
+@pytest.mark.parametrize(
+    ("error", "consequence"),
+    [
+        (RankFailedError("rank 1 of 2 failed"), True),
+        (DistBackendError("NCCL communicator was aborted"), True),
+        (RuntimeError("[/src/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:1"), True),
+        (RuntimeError("CUDA out of memory"), False),
+        (ValueError("Connection closed by peer"), False),
+    ],
+)
+def test_consequences_are_told_from_causes(error: BaseException, consequence: bool) -> None:
+    assert is_consequence(error) is consequence
+
+
+def test_first_failure_prefers_causes_then_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [
+        RuntimeError("gloo/transport: Connection closed by peer"),
+        ValueError("the cause"),
+        ValueError("a later error"),
+    ]
+    assert first_failure(tmp_path) is None
+    for rank, error in enumerate(errors):
+        (tmp_path / str(rank)).mkdir()
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
+        record_failure(error, rank)
+    found = first_failure(tmp_path)
+    assert found is not None
+    assert (found.rank, found.sentence, found.consequence) == (1, "the cause", False)
+    assert not list(tmp_path.rglob("*.part"))
