@@ -1,0 +1,335 @@
+"""The selective scan in Triton, and the arithmetic of one token that it shares with the one-step update.
+
+One program runs one (sequence, block of channels) from its first token to its last with the state
+``[BLOCK_N, BLOCK_D]`` in registers. Sequence lengths are read on the device, so one launch serves any mix of
+lengths and the host never waits.
+
+Bits. The kernels are compiled without contraction of ``a * b + c``: a product is fused into a sum exactly where
+:func:`ssm_token` says ``fma``. The sum over states is a tree written out, not left to a layout. So a token's
+bits depend on its inputs and the state before it, not on the kernel, the batch or the cut that led to it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_D = 32
+"""Channels a program: one a lane, so that a thread owns all the states it sums."""
+STEPS = 4
+"""Tokens whose loads are in flight while the four before them are computed."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+def launch_shape(n: int) -> dict[str, int | bool]:
+    """Tile and launch options for state size ``n``, the same for the scan and the update."""
+    block_n = triton.next_power_of_2(n)
+    # 16 states a thread; more would spill. Without fp fusion the two kernels round alike.
+    return {
+        "N": n,
+        "BLOCK_N": block_n,
+        "BLOCK_D": BLOCK_D,
+        "num_warps": max(1, block_n // 16),
+        "enable_fp_fusion": False,
+    }
+
+
+def jit_by_type(kernel: Callable[..., None]) -> Any:
+    """``triton.jit`` for a kernel that is specialized by dtypes and constexprs alone.
+
+    A new length, batch or slot count, or an odd offset into a buffer, then finds the kernel compiled.
+    """
+    runtime = [
+        p.name for p in inspect.signature(kernel).parameters.values() if "constexpr" not in str(p.annotation)
+    ]
+    return triton.jit(kernel, do_not_specialize=runtime)
+
+
+@triton.jit
+def exp(x):
+    """``exp(x)``; the rounding of ``x * log2(e)``, many ulp of the result far from 0, is put right to first order."""
+    p = x * LOG2_E
+    e = tl.exp2(p)
+    missing = tl.fma(x, LOG2_E, -p)
+    return tl.where(e < float("inf"), tl.fma(e, missing * LN_2, e), e)
+
+
+@triton.jit
+def softplus(x):
+    """``log1p(exp(x))`` up to 20, then ``x``."""
+    e = exp(x)
+    w = 1.0 + e
+    # log1p(e) = log(w) + what the rounding of 1 + e lost.
+    return tl.where(x <= 20.0, tl.log(w) + (e - (w - 1.0)) / w, x)
+
+
+@triton.jit
+def sum_over_states(x, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``[BLOCK_N, BLOCK_D] -> [BLOCK_D]``: the upper half of the states is added to the lower until one is left."""
+    for i in tl.static_range(8):  # N <= 256
+        if (BLOCK_N >> i) > 1:
+            halves = tl.permute(tl.reshape(x, [2, BLOCK_N >> (i + 1), BLOCK_D]), [1, 2, 0])
+            lower, upper = tl.split(halves)
+            x = lower + upper
+    return tl.reshape(x, [BLOCK_D])
+
+
+@triton.jit
+def ssm_token(
+    h,  # [BLOCK_N, BLOCK_D] float32, the state before this token
+    a,  # [BLOCK_N, BLOCK_D] float32, A * log2(e)
+    skip,  # [BLOCK_D] float32, D
+    bias,  # [BLOCK_D] float32, delta_bias
+    u,  # [BLOCK_D]
+    delta,  # [BLOCK_D]
+    z,  # [BLOCK_D]
+    b,  # [BLOCK_N, 1] or [BLOCK_N, BLOCK_D]
+    c,  # as b
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+):
+    """One step of the recurrence for one token: ``(state after it, gated output [BLOCK_D] float32)``."""
+    u = u.to(tl.float32)
+    delta = delta.to(tl.float32)
+    if HAS_BIAS:
+        delta = delta + bias
+    if SOFTPLUS:
+        delta = softplus(delta)
+    h = tl.fma(tl.exp2(a * delta[None, :]), h, b.to(tl.float32) * (delta * u)[None, :])
+    y = sum_over_states(h * c.to(tl.float32), BLOCK_N, BLOCK_D)
+    if HAS_D:
+        y = tl.fma(u, skip, y)
+    if HAS_Z:
+        z = z.to(tl.float32)
+        y = y * tl.div_rn(z, 1.0 + exp(-z))
+    return h, y
+
+
+@triton.jit
+def _load_rows(
+    u_ptr, delta_ptr, z_ptr, token, u_stride_t, delta_stride_t, z_stride_t, mask, HAS_Z: tl.constexpr
+):  # fmt: skip
+    """``u, delta, z [BLOCK_D]`` of one token, zeros outside ``mask``; without a gate, u stands in for z."""
+    u = tl.load(u_ptr + token * u_stride_t, mask=mask, other=0.0)
+    delta = tl.load(delta_ptr + token * delta_stride_t, mask=mask, other=0.0)
+    z = u
+    if HAS_Z:
+        z = tl.load(z_ptr + token * z_stride_t, mask=mask, other=0.0)
+    return u, delta, z
+
+
+@jit_by_type
+def _selective_scan_kernel(
+    u_ptr,  # [B, D, L] or [D, T], any float, in
+    delta_ptr,  # as u
+    z_ptr,  # as u, or None
+    out_ptr,  # as u, out
+    A_ptr,  # [D, N]
+    B_ptr,  # [B, G, N, L] or [G, N, T]
+    C_ptr,  # as B
+    D_ptr,  # [D] or None
+    bias_ptr,  # [D] or None
+    state_ptr,  # [slots, D, N] or None, in and out
+    last_ptr,  # [S, D, N] float32 contiguous, or None, out
+    start_ptr,  # [S + 1] int, or None: dense
+    slot_ptr,  # [S] int, or None: slot s for sequence s
+    initial_ptr,  # [S] bool, or None: no sequence has one
+    length: tl.int32,  # of every sequence of a dense batch
+    channels: tl.int32,
+    group_size: tl.int32,  # channels that share one B and C
+    pad_slot_id: tl.int64,
+    u_stride_s: tl.int64, u_stride_t: tl.int64, u_stride_d: tl.int64,
+    delta_stride_s: tl.int64, delta_stride_t: tl.int64, delta_stride_d: tl.int64,
+    z_stride_s: tl.int64, z_stride_t: tl.int64, z_stride_d: tl.int64,
+    out_stride_s: tl.int64, out_stride_t: tl.int64, out_stride_d: tl.int64,
+    A_stride_d: tl.int64, A_stride_n: tl.int64,
+    B_stride_s: tl.int64, B_stride_t: tl.int64, B_stride_g: tl.int64, B_stride_n: tl.int64,
+    C_stride_s: tl.int64, C_stride_t: tl.int64, C_stride_g: tl.int64, C_stride_n: tl.int64,
+    D_stride: tl.int64, bias_stride: tl.int64,
+    state_stride_s: tl.int64, state_stride_d: tl.int64, state_stride_n: tl.int64,
+    N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STEPS: tl.constexpr,
+    TOKEN_MAJOR: tl.constexpr,  # u, delta, z and out have channel stride 1, B and C state stride 1
+    ONE_GROUP: tl.constexpr,
+    VARLEN: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HAS_LAST: tl.constexpr,
+):  # fmt: skip
+    i_s = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N).to(tl.int64)[:, None]
+    d_mask = d < channels
+    nd_mask = (n < N) & d_mask[None, :]
+
+    if VARLEN:
+        first = tl.load(start_ptr + i_s).to(tl.int64)
+        steps = (tl.load(start_ptr + i_s + 1).to(tl.int64) - first).to(tl.int32)
+        row = first * 0
+    else:
+        first = i_s * 0
+        steps = length
+        row = i_s
+    if TOKEN_MAJOR:
+        u_stride_d, delta_stride_d, z_stride_d, out_stride_d, B_stride_n, C_stride_n = 1, 1, 1, 1, 1, 1
+    u_ptr += row * u_stride_s + first * u_stride_t + d * u_stride_d
+    delta_ptr += row * delta_stride_s + first * delta_stride_t + d * delta_stride_d
+    out_ptr += row * out_stride_s + first * out_stride_t + d * out_stride_d
+    if HAS_Z:
+        z_ptr += row * z_stride_s + first * z_stride_t + d * z_stride_d
+    B_ptr += row * B_stride_s + first * B_stride_t + n * B_stride_n
+    C_ptr += row * C_stride_s + first * C_stride_t + n * C_stride_n
+    bc_mask = n < N
+    if not ONE_GROUP:
+        B_ptr += (d // group_size)[None, :] * B_stride_g
+        C_ptr += (d // group_size)[None, :] * C_stride_g
+        bc_mask = nd_mask
+
+    # Padded states and channels have A = B = C = 0: their state stays zero and adds nothing.
+    a = (
+        tl.load(A_ptr + d[None, :] * A_stride_d + n * A_stride_n, mask=nd_mask, other=0.0).to(tl.float32)
+        * LOG2_E
+    )
+    skip = tl.full([BLOCK_D], 0.0, tl.float32)
+    bias = skip
+    if HAS_D:
+        skip = tl.load(D_ptr + d * D_stride, mask=d_mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + d * bias_stride, mask=d_mask, other=0.0).to(tl.float32)
+
+    h = tl.full([BLOCK_N, BLOCK_D], 0.0, tl.float32)
+    keeps = HAS_STATE
+    if HAS_STATE:
+        slot = i_s
+        if HAS_SLOTS:
+            slot = tl.load(slot_ptr + i_s).to(tl.int64)
+            keeps = slot != pad_slot_id
+        state_ptr += slot * state_stride_s + d[None, :] * state_stride_d + n * state_stride_n
+        if HAS_INITIAL:
+            starts = keeps & (tl.load(initial_ptr + i_s) != 0)
+            h = tl.load(state_ptr, mask=nd_mask & starts, other=0.0).to(tl.float32)
+
+    # Whole groups of STEPS tokens, the rows of the next group loaded before this one's are used; then what is left.
+    # (B and C, a few hundred bytes that all channel blocks share, come from the cache and would not fit beside.)
+    grouped = steps // STEPS * STEPS
+    rows = ()
+    for i in tl.static_range(STEPS):
+        rows = rows + (  # noqa: RUF005 - Triton has no unpacking
+            _load_rows(
+                u_ptr, delta_ptr, z_ptr, i, u_stride_t, delta_stride_t, z_stride_t, d_mask & (i < grouped), HAS_Z
+            ),
+        )  # fmt: skip
+    for t in range(0, grouped, STEPS):
+        ahead = ()
+        for i in tl.static_range(STEPS):
+            ahead = ahead + (  # noqa: RUF005
+                _load_rows(
+                    u_ptr, delta_ptr, z_ptr, t + STEPS + i, u_stride_t, delta_stride_t, z_stride_t,
+                    d_mask & (t + STEPS < grouped), HAS_Z,
+                ),
+            )  # fmt: skip
+        for i in tl.static_range(STEPS):
+            u, delta, z = rows[i]
+            b = tl.load(B_ptr + (t + i) * B_stride_t, mask=bc_mask, other=0.0)
+            c = tl.load(C_ptr + (t + i) * C_stride_t, mask=bc_mask, other=0.0)
+            h, y = ssm_token(
+                h, a, skip, bias, u, delta, z, b, c, BLOCK_N, BLOCK_D, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS
+            )
+            tl.store(out_ptr + (t + i) * out_stride_t, y.to(out_ptr.dtype.element_ty), mask=d_mask)
+        rows = ahead
+    for t in range(grouped, steps):
+        u, delta, z = _load_rows(
+            u_ptr, delta_ptr, z_ptr, t, u_stride_t, delta_stride_t, z_stride_t, d_mask, HAS_Z
+        )  # fmt: skip
+        b = tl.load(B_ptr + t * B_stride_t, mask=bc_mask, other=0.0)
+        c = tl.load(C_ptr + t * C_stride_t, mask=bc_mask, other=0.0)
+        h, y = ssm_token(
+            h, a, skip, bias, u, delta, z, b, c, BLOCK_N, BLOCK_D, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS
+        )
+        tl.store(out_ptr + t * out_stride_t, y.to(out_ptr.dtype.element_ty), mask=d_mask)
+
+    if HAS_STATE:
+        tl.store(state_ptr, h.to(state_ptr.dtype.element_ty), mask=nd_mask & keeps)
+    if HAS_LAST:
+        tl.store(last_ptr + (i_s * channels + d[None, :]) * N + n, h, mask=nd_mask)
+
+
+def selective_scan_triton(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    query_start_loc: torch.Tensor | None,
+    cache_indices: torch.Tensor | None,
+    has_initial_state: torch.Tensor | None,
+    ssm_states: torch.Tensor | None,
+    last_state: torch.Tensor | None,
+    pad_slot_id: int,
+    out: torch.Tensor,
+) -> None:
+    """Launch over (sequences, channel blocks); arguments as the op ``tp_mamba::selective_scan``."""
+    varlen = query_start_loc is not None
+    sequences = query_start_loc.shape[0] - 1 if query_start_loc is not None else u.shape[0]
+    channels, n = A.shape
+    groups = B.shape[-3]
+    if sequences == 0 or channels == 0:
+        return
+
+    def by_token(x: torch.Tensor | None) -> tuple[int, int, int]:
+        """Strides (sequence, token, channel) of ``[B, D, L]`` or ``[D, T]``."""
+        if x is None:
+            return 0, 0, 1
+        return (0 if varlen else x.stride(0)), x.stride(-1), x.stride(-2)
+
+    def by_group(x: torch.Tensor) -> tuple[int, int, int, int]:
+        """Strides (sequence, token, group, state) of ``[B, G, N, L]`` or ``[G, N, T]``."""
+        return (0 if varlen else x.stride(0)), x.stride(-1), x.stride(-3), x.stride(-2)
+
+    strides = [by_token(x) for x in (u, delta, z, out)]
+    B_strides, C_strides = by_group(B), by_group(C)
+    grid = (sequences, triton.cdiv(channels, BLOCK_D))
+    with torch.cuda.device_of(u):
+        _selective_scan_kernel[grid](
+            u, delta, z, out, A, B, C, D, delta_bias,
+            ssm_states, last_state, query_start_loc, cache_indices, has_initial_state,
+            0 if varlen else u.shape[-1], channels, channels // groups, pad_slot_id,
+            *strides[0], *strides[1], *strides[2], *strides[3],
+            *A.stride(), *B_strides, *C_strides,
+            0 if D is None else D.stride(0), 0 if delta_bias is None else delta_bias.stride(0),
+            *((0, 0, 0) if ssm_states is None else ssm_states.stride()),
+            STEPS=STEPS,
+            TOKEN_MAJOR=all(stride[-1] == 1 for stride in (*strides, B_strides, C_strides)),
+            ONE_GROUP=groups == 1,
+            VARLEN=varlen,
+            HAS_D=D is not None,
+            HAS_Z=z is not None,
+            HAS_BIAS=delta_bias is not None,
+            SOFTPLUS=delta_softplus,
+            HAS_STATE=ssm_states is not None,
+            HAS_SLOTS=cache_indices is not None,
+            HAS_INITIAL=has_initial_state is not None,
+            HAS_LAST=last_state is not None,
+            **launch_shape(n),
+        )  # fmt: skip

@@ -1,0 +1,68 @@
+"""Argument checks shared by the selective scan and its one-step update; none of them waits for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+MAX_STATE_SIZE = 256
+"""Largest N: the state of 32 channels stays in the registers of one program up to here."""
+
+Named = tuple[str, torch.Tensor | None]
+
+
+def check_shape(op: str, name: str, tensor: torch.Tensor | None, letters: str, shape: Sequence[int]) -> None:
+    """Raise ValueError unless ``tensor`` (None passes) has ``shape``, which ``letters`` spell, as in ``[B, D, L]``."""
+    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{op}: {name} has shape {list(tensor.shape)} but {letters} is {list(shape)} here; "
+            f"pass {name} in that shape"
+        )
+
+
+def check_floating(op: str, tensors: Sequence[Named]) -> None:
+    """Raise ValueError for a tensor that is not of a real floating dtype."""
+    for name, tensor in tensors:
+        if tensor is not None and not tensor.dtype.is_floating_point:
+            raise ValueError(
+                f"{op}: {name} has dtype {tensor.dtype} but must be real floating point; "
+                "pass float32, bfloat16, float16 or float64"
+            )
+
+
+def check_indices(op: str, tensors: Sequence[Named]) -> None:
+    """Raise ValueError for slot or offset tensors that are not int32 or int64."""
+    for name, tensor in tensors:
+        if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"{op}: {name} has dtype {tensor.dtype} but must be int32 or int64; convert it first"
+            )
+
+
+def check_device(op: str, device: torch.device, first: str, tensors: Sequence[Named]) -> None:
+    """Raise ValueError for a tensor that is not on ``device``, where the argument named ``first`` is."""
+    for name, tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} but {first} is on {device}; move all arguments to one device"
+            )
+
+
+def check_state_size(op: str, n: int) -> None:
+    """Raise ValueError for a state size N outside ``1..256``."""
+    if not 1 <= n <= MAX_STATE_SIZE:
+        raise ValueError(
+            f"{op}: A has a state size N of {n} but N must be 1 to {MAX_STATE_SIZE}; use a smaller state"
+        )
+
+
+def refuse_grad(op: str, tensors: Sequence[Named]) -> None:
+    """Raise RuntimeError where autograd would be expected to see through an op that has no backward."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"{op}: {name} requires grad but this op has no backward; "
+                    "call it under torch.no_grad() or detach its inputs"
+                )

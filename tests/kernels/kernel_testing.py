@@ -1,0 +1,116 @@
+"""Helpers for tests of the state-space kernels: where they run, error bounds, poisoned outputs, compilation."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+DEVICES = [pytest.param("interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
+"""Where a Triton kernel is tested: in Triton's interpreter on the CPU, and compiled on a GPU."""
+
+TRITON_MODULES = ("tp_mamba.kernels.selective_scan_triton", "tp_mamba.kernels.selective_state_update_triton")
+
+
+def triton_device(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The device of one of DEVICES; for the interpreter, with the kernels' modules replaced for this test.
+
+    Triton decides at import whether a kernel is interpreted, so the modules are imported anew under the variable;
+    monkeypatch puts the old ones back.
+    """
+    if name == "cuda":
+        return torch.device("cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for module in TRITON_MODULES:
+        # setitem first: it remembers what to restore, also where there was nothing.
+        monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.delitem(sys.modules, module)
+    package = importlib.import_module("tp_mamba.kernels")
+    for module in TRITON_MODULES:
+        monkeypatch.setattr(
+            package, module.rpartition(".")[2], importlib.import_module(module), raising=False
+        )
+    return torch.device("cpu")
+
+
+def assert_within_twice(actual: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor) -> None:
+    """``actual`` errs, against the float64 ``exact``, at most twice as much as ``reference`` in its dtype does.
+
+    In the norm, every element's error taken relative to its size plus the typical size, so that a few large elements
+    do not decide; and in the worst element, with 4 ulp of the largest value on top, because the worst of a few is a
+    matter of luck (and exponential and division are allowed 2 ulp each on a GPU).
+    """
+    assert actual.shape == exact.shape
+    assert actual.isfinite().all()
+    error, allowed = (actual.cpu().double() - exact).abs(), (reference.cpu().double() - exact).abs()
+    bound = 2 * allowed.max() + 4 * torch.finfo(actual.dtype).eps * exact.abs().max()
+    assert error.max() <= bound, f"largest error {error.max():.3e} > {bound:.3e}"
+    size = exact.abs() + exact.square().mean().sqrt() + torch.finfo(exact.dtype).tiny
+    error, allowed = error / size, allowed / size
+    assert error.norm() <= 2 * allowed.norm(), (
+        f"norm of the error {error.norm():.3e} > 2 x {allowed.norm():.3e}"
+    )
+
+
+def poisoned_like(x: torch.Tensor) -> torch.Tensor:
+    """A tensor laid out as ``x`` and full of NaN: an element that is not written shows."""
+    return torch.full_like(x, float("nan"))
+
+
+class Launches:
+    """Stands in for a kernel: ``kernel[grid](*args, **kwargs)`` is recorded, not run."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: self.calls.append((args, kwargs))
+
+
+def _bind(
+    kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    bind = create_function_from_signature(
+        kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
+    )
+    return bind(*args, **kwargs)
+
+
+def specialization(kernel: Any, launch: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+    """What Triton's JIT looks a compiled kernel up by: equal for two launches means one compilation."""
+    _, keys, options = _bind(kernel, *launch)
+    return f"{keys} {sorted(options.items())}"
+
+
+def compile_for_hopper(kernel: Any, launch: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """The kernel of a recorded launch, compiled for sm_90; needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    bound, keys, options = _bind(kernel, *launch)
+    signature = {name: key[0] for name, key in zip(bound, keys, strict=True)}
+    constants = {name: bound[name] for name, kind in signature.items() if kind == "constexpr"}
+    source = ASTSource(kernel, signature, constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def stack_bytes(compiled: Any, folder: Path) -> int:
+    """Bytes of local memory a thread of a compiled kernel uses, where spilled registers would be."""
+    from triton import knobs
+
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+    report = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    found = re.search(r"STACK:(\d+)", report)
+    assert found, report
+    return int(found[1])
