@@ -163,7 +163,7 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, Split], dict[str, torch.d
         }
         dtypes = {name: DTYPES[entry["dtype"]] for name, entry in content["tensors"].items()}
         tp_size = content["tp_size"]
-        sound = tp_size >= 1 and all(map(_is_sound, splits.values()))
+        sound = isinstance(tp_size, int) and tp_size >= 1 and all(map(_is_sound, splits.values()))
     except (KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
@@ -172,8 +172,12 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, Split], dict[str, torch.d
 
 
 def _is_sound(split: Split) -> bool:
-    sizes = all(isinstance(size, int) and size >= 0 for size in split.shape)
-    cut = split.dim is None or (
-        split.dim in range(len(split.shape)) and split.shape[split.dim] % split.parts == 0
+    if not all(isinstance(size, int) and size >= 0 for size in split.shape):
+        return False
+    if split.dim is None:
+        return True
+    return (
+        split.dim in range(len(split.shape))
+        and split.parts >= 1
+        and split.shape[split.dim] % split.parts == 0
     )
-    return sizes and cut

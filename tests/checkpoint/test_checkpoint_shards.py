@@ -1,0 +1,241 @@
+"""One file a rank: the same bits at the same and at other rank counts, and nothing read in vain."""
+
+import json
+import resource
+
+import pytest
+import torch
+from checkpoint_samples import (
+    assert_same_bits,
+    load_ranks,
+    merged,
+    odd_config,
+    random_tensors,
+    read_folder,
+    write_checkpoint,
+    write_indexed,
+    write_raw,
+)
+from safetensors.torch import load_file, save_file
+
+from tp_mamba.checkpoint.errors import CheckpointError, CheckpointWriteError
+from tp_mamba.checkpoint.shards import merge_checkpoint, shard_checkpoint
+from tp_mamba.checkpoint.source import open_source
+from tp_mamba.config import MambaConfig
+
+
+@pytest.fixture
+def origin(tmp_path):
+    config = odd_config(tie_word_embeddings=False, use_bias=True)
+    tensors = random_tensors(config)
+    tensors["backbone.layers.0.mixer.A_log"] = tensors[
+        "backbone.layers.0.mixer.A_log"
+    ].bfloat16()  # mixed dtypes
+    folder = write_indexed(tmp_path / "origin", config, tensors)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder, tensors
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
+def test_shard_then_merge_is_bit_equal(n, origin, tmp_path):
+    folder, tensors = origin
+    shard_checkpoint(folder, tmp_path / "shards", n)
+    merge_checkpoint(tmp_path / "shards", tmp_path / "merged")
+    assert_same_bits(read_folder(tmp_path / "merged"), tensors)
+    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    assert MambaConfig.from_pretrained(tmp_path / "merged") == MambaConfig.from_pretrained(folder)
+    files = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
+    assert files == [f"model-tp-{rank:05d}-of-{n:05d}.safetensors" for rank in range(1, n + 1)]
+
+
+@pytest.mark.parametrize(("made_for", "loaded_at"), [(4, 3), (4, 4), (4, 1), (3, 4), (1, 5), (8, 2), (2, 7)])
+def test_load_at_any_rank_count(made_for, loaded_at, origin, tmp_path):
+    folder, tensors = origin
+    shard_checkpoint(folder, tmp_path / "shards", made_for)
+    models, _ = load_ranks(tmp_path / "shards", loaded_at)
+    direct, _ = load_ranks(folder, loaded_at)
+    for model, expected in zip(models, direct, strict=True):
+        for (name, param), (_, other) in zip(
+            model.named_parameters(), expected.named_parameters(), strict=True
+        ):
+            assert torch.equal(param, other), name
+    wide = {name: tensor.float() for name, tensor in tensors.items()}
+    assert_same_bits(merged(models), wide)
+
+
+def test_shards_of_shards(origin, tmp_path):
+    folder, tensors = origin
+    shard_checkpoint(folder, tmp_path / "four", 4)
+    shard_checkpoint(tmp_path / "four", tmp_path / "three", 3)
+    merge_checkpoint(tmp_path / "three", tmp_path / "merged")
+    assert_same_bits(read_folder(tmp_path / "merged"), tensors)
+
+
+def test_a_rank_needs_its_own_file_only(origin, tmp_path):
+    folder, _ = origin
+    shards = tmp_path / "shards"
+    shard_checkpoint(folder, shards, 4)
+    whole = {path.name: path.read_bytes() for path in shards.glob("*.safetensors")}
+    for rank in range(4):
+        for path in shards.glob("*.safetensors"):
+            path.unlink()
+        own = shards / f"model-tp-{rank + 1:05d}-of-00004.safetensors"
+        own.write_bytes(whole[own.name])
+        source = open_source(shards, rank=rank, size=4)
+        assert source.shape("lm_head.weight") == (97, 20)
+    for path, content in whole.items():
+        (shards / path).write_bytes(content)
+    _, read = load_ranks(shards, 4)
+    stored = [sum(t.nbytes for t in load_file(shards / name).values()) for name in sorted(whole)]
+    assert read == stored
+
+
+def test_bytes_read_at_another_rank_count(origin, tmp_path):
+    folder, _ = origin
+    shard_checkpoint(folder, tmp_path / "shards", 4)
+    assert load_ranks(tmp_path / "shards", 3)[1] == load_ranks(folder, 3)[1]
+
+
+def test_raw_comes_out_as_hf(tmp_path):
+    config = odd_config(vocab_size=104, dtype=torch.float16)
+    tensors = random_tensors(config)
+    write_raw(tmp_path / "raw", config, tensors, usable_vocab_size=97)
+    merge_checkpoint(tmp_path / "raw", tmp_path / "direct")
+    shard_checkpoint(tmp_path / "raw", tmp_path / "shards", 3)
+    merge_checkpoint(tmp_path / "shards", tmp_path / "merged")
+    for folder in (tmp_path / "direct", tmp_path / "merged"):
+        assert_same_bits(read_folder(folder), tensors)
+        fields = json.loads((folder / "config.json").read_text())
+        assert (fields["model_type"], fields["vocab_size"], fields["dtype"]) == ("mamba", 104, "float16")
+        assert MambaConfig.from_pretrained(folder).usable_vocab_size == 97
+
+
+def test_progress_ends_at_the_total(origin, tmp_path):
+    calls = []
+    shard_checkpoint(origin[0], tmp_path / "shards", 2, lambda *call: calls.append(call))
+    assert calls[-1][1] == calls[-1][2] == sum(t.nbytes for f in (tmp_path / "shards").glob("*.safetensors")
+                                               for t in load_file(f).values())  # fmt: skip
+    assert calls[-1][0] == "writing shards"
+    calls.clear()
+    merge_checkpoint(tmp_path / "shards", tmp_path / "merged", lambda *call: calls.append(call))
+    assert calls[-1] == ("merging", *2 * (sum(tensor.nbytes for tensor in origin[1].values()),))
+
+
+@pytest.mark.parametrize("n", [0, -1, 31])
+def test_more_ranks_than_channels(n, origin, tmp_path):
+    with pytest.raises(CheckpointError, match=f"for {n} ranks: it has 30 channels, choose 1 to 30 ranks"):
+        shard_checkpoint(origin[0], tmp_path / "shards", n)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_as_many_ranks_as_channels(origin, tmp_path):
+    shard_checkpoint(origin[0], tmp_path / "shards", 30)
+    merge_checkpoint(tmp_path / "shards", tmp_path / "merged")
+    assert_same_bits(read_folder(tmp_path / "merged"), origin[1])
+
+
+def test_tied_head_that_differs(tmp_path):
+    config = odd_config()
+    tensors = random_tensors(config) | {"lm_head.weight": torch.ones(97, 20)}
+    write_checkpoint(tmp_path / "origin", config, tensors)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
+        shard_checkpoint(tmp_path / "origin", tmp_path / "shards", 2)
+
+
+def test_full_disk_leaves_the_old_shards(origin, tmp_path, monkeypatch):
+    shards = tmp_path / "shards"
+    shard_checkpoint(origin[0], shards, 2)
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for work in (lambda: shard_checkpoint(origin[0], shards, 3), lambda: merge_checkpoint(origin[0], shards)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
+        try:
+            with pytest.raises(CheckpointWriteError, match=f"cannot write {shards} "):
+                work()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["origin", "shards"]
+
+
+class TestDamagedShards:
+    @pytest.fixture
+    def shards(self, origin, tmp_path):
+        shard_checkpoint(origin[0], tmp_path / "shards", 2)
+        return tmp_path / "shards"
+
+    def refuse(self, shards, message):
+        with pytest.raises(CheckpointError, match=message) as refusal:
+            open_source(shards)
+        assert "\n" not in str(refusal.value)
+
+    def test_missing_file(self, shards):
+        (shards / "model-tp-00002-of-00002.safetensors").unlink()
+        self.refuse(shards, r"model-tp-00002-of-00002\.safetensors is missing: copy it here")
+
+    def test_truncated_file(self, shards):
+        path = shards / "model-tp-00002-of-00002.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        self.refuse(shards, "is not a whole safetensors file")
+
+    def test_file_without_a_tensor(self, shards):
+        path = shards / "model-tp-00001-of-00002.safetensors"
+        tensors = load_file(path)
+        tensors.pop("lm_head.weight")
+        save_file(tensors, path)
+        self.refuse(shards, r"do not agree on lm_head\.weight: make the shards again")
+
+    @pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t.half()], ids=["shape", "dtype"])
+    def test_file_with_another_tensor(self, shards, change):
+        path = shards / "model-tp-00001-of-00002.safetensors"
+        tensors = load_file(path)
+        save_file(tensors | {"lm_head.weight": change(tensors["lm_head.weight"]).contiguous()}, path)
+        self.refuse(shards, r"lm_head\.weight in .* is \[4\d, 20\] .* says \[49, 20\] torch\.float32")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda m: "{", "is not JSON"),
+            (lambda m: [], "is not a tp_mamba_shards manifest of version 1"),
+            (lambda m: m | {"version": 2}, "is not a tp_mamba_shards manifest of version 1"),
+            (lambda m: m | {"tp_size": 0}, "is damaged"),
+            (lambda m: m | {"tp_size": "2"}, "is damaged"),
+            (lambda m: m | {"tensors": {"a": {"shape": [2], "dim": 0}}}, "is damaged"),
+            (
+                lambda m: m | {"tensors": {"a": {"shape": [3], "dim": 0, "parts": 2, "dtype": "F32"}}},
+                "is damaged",
+            ),
+            (
+                lambda m: m | {"tensors": {"a": {"shape": [3], "dim": 0, "parts": 0, "dtype": "F32"}}},
+                "is damaged",
+            ),
+            (
+                lambda m: m | {"tensors": {"a": {"shape": [2], "dim": 1, "parts": 1, "dtype": "F32"}}},
+                "is damaged",
+            ),
+            (
+                lambda m: m | {"tensors": {"a": {"shape": [2], "dim": 0, "parts": 1, "dtype": "X"}}},
+                "is damaged",
+            ),
+        ],
+    )
+    def test_manifest(self, shards, change, message):
+        path = shards / "tp_mamba_shards.json"
+        changed = change(json.loads(path.read_text()))
+        path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+        self.refuse(shards, message)
+
+    def test_reading_across_the_cut(self, shards, origin):
+        source = open_source(shards)
+        name = "backbone.layers.0.mixer.out_proj.weight"  # cut along dimension 1
+        assert torch.equal(source.read(name, 1, 3, 28), origin[1][name][:, 3:28])
+        assert torch.equal(source.read(name, 1, 4, 4), origin[1][name][:, 4:4])
+        assert torch.equal(source.read_all(name), origin[1][name])
+        norm = "backbone.norm_f.weight"
+        assert torch.equal(source.read(norm, 0, 2, 5), origin[1][norm][2:5])
+        with pytest.raises(CheckpointError, match="was cut along dimension 1 and rows 0 to 2 of dimension 0"):
+            source.read(name, 0, 0, 2)
