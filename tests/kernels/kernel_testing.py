@@ -37,6 +37,24 @@ def triton_device(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cpu")
 
 
+def to(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The tensors among ``inputs`` on ``device`` with the same strides and offset (``Tensor.to`` would compact)."""
+
+    def move(x: torch.Tensor) -> torch.Tensor:
+        storage = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+        return storage.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+    return {name: move(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+
+
+def double(inputs: dict[str, Any]) -> dict[str, Any]:
+    """``inputs`` with the floating tensors in float64."""
+    floating = {
+        name: x for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.is_floating_point()
+    }
+    return inputs | {name: x.double() for name, x in floating.items()}
+
+
 def assert_within_twice(actual: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor) -> None:
     """``actual`` errs, against the float64 ``exact``, at most twice as much as ``reference`` in its dtype does.
 

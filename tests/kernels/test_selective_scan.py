@@ -10,9 +10,11 @@ from kernel_testing import (
     Launches,
     assert_within_twice,
     compile_for_hopper,
+    double,
     poisoned_like,
     specialization,
     stack_bytes,
+    to,
     triton_device,
 )
 
@@ -68,17 +70,6 @@ def make(
         "delta_bias": torch.rand(d, generator=g) * 5 - 7,
         "delta_softplus": True,
         "query_start_loc": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int(),
-    }
-
-
-def to(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-
-
-def double(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for k, v in inputs.items()
     }
 
 

@@ -10,9 +10,11 @@ from kernel_testing import (
     Launches,
     assert_within_twice,
     compile_for_hopper,
+    double,
     poisoned_like,
     specialization,
     stack_bytes,
+    to,
     triton_device,
 )
 
@@ -55,17 +57,6 @@ def make(
         "z": xz[..., channels[-1] :],
         "dt_bias": torch.rand(channels, generator=g) * 5 - 7,
         "dt_softplus": True,
-    }
-
-
-def to(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-
-
-def double(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for k, v in inputs.items()
     }
 
 
