@@ -21,7 +21,8 @@ help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 
 demo: $(VENV)/.installed $(SAMPLE)/config.json  ## generate text from a small sample checkpoint over two ranks, or all GPUs
-	$(BIN)/tp-mamba generate $(SAMPLE) --tp $(TP) --prompt "$(PROMPT)" --max-new-tokens 120 --temperature 0.7 --seed 3
+	$(BIN)/tp-mamba generate $(SAMPLE) --tp $(TP) --prompt "$(PROMPT)" --max-new-tokens 120 \
+	  --temperature 0.6 --top-p 0.9 --repetition-penalty 1.1 --seed 1
 
 test: $(VENV)/.installed-dev  ## run every test; those for GPUs are skipped where there is none
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
