@@ -82,9 +82,9 @@ def progress_bar(enabled: bool = True) -> Iterator[Progress | None]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
     with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task("", total=None)
 
         def progress(what: str, done_bytes: int, total_bytes: int) -> None:
+            task = bars.task_ids[0] if bars.task_ids else bars.add_task(what)
             bars.update(task, description=what, completed=done_bytes, total=total_bytes)
 
         yield progress

@@ -33,9 +33,6 @@ from tp_mamba.launch.failures import (
     record_failure,
 )
 
-SHUTDOWN_S = 5
-"""How long ranks may take to end after SIGTERM, before SIGKILL."""
-
 
 def start_ranks(work: Callable[..., Any], *args: Any, size: int, debug: bool = False) -> Any:
     """Run ``work(*args)`` in ``size`` new processes with torchrun's environment; return rank 0's result.
@@ -62,7 +59,6 @@ def start_ranks(work: Callable[..., Any], *args: Any, size: int, debug: bool = F
             local_addr="localhost",  # looking the host's full name up may take seconds without a network
             max_restarts=0,
             start_method="spawn",
-            shutdown_timeout=SHUTDOWN_S,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -141,6 +141,28 @@ def test_two_ranks_from_the_command(sample: Path, expected: dict) -> None:
     assert sum(report["bytes_per_rank"]) < 1.01 * 4 * report["parameters"]
 
 
+@pytest.mark.multigpu
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_on_gpus_ends_the_other(victim: int, sample: Path, tmp_path: Path) -> None:
+    # The survivor waits inside an NCCL kernel, which no signal handler of Python's could leave.
+    script = [sys.executable, HERE / "faulty_command.py", str(victim), "generating", "kill"]
+    environment = {"PYTHONSAFEPATH": "", "FAULT_TIME": str(tmp_path / "time")}
+    argv = ["generate", str(sample), "--prompt", PROMPT, "--tp", "2", "--device", "cuda", "--ignore-eos"]
+    done = command(*script, *argv, env=environment)
+    assert time.time() - float((tmp_path / "time").read_text()) < 30
+    assert done.returncode == 1
+    assert f"rank {victim} was killed by SIGKILL" in done.stderr
+
+
+@pytest.mark.multigpu
+def test_two_gpus_from_the_command(sample: Path) -> None:
+    done = command(BIN / "tp-mamba", "generate", str(sample), "--prompt", PROMPT, "--tp", "auto", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["backend"] == "nccl"
+    assert report["ranks"] >= 2
+
+
 def test_two_ranks_from_torchrun(sample: Path, expected: dict) -> None:
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = command(*torchrun, "-m", "tp_mamba.launch.generate", *arguments(sample, "--prompt", PROMPT)[1:])

@@ -24,6 +24,19 @@ def test_one_and_two_ranks_against_transformers(sample: Path, capsys: pytest.Cap
         assert size["greedy_agreement"] == 1
 
 
+@pytest.mark.gpu
+def test_a_gpu_against_transformers(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(sample), "--tp", "1", "--device", "cuda", "--json"]) == 0
+    (size,) = json.loads(capsys.readouterr().out)["sizes"]
+    assert 0 < size["error"] < 1e-4
+
+
+@pytest.mark.multigpu
+def test_two_gpus_against_transformers(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(sample), "--tp", "1,2", "--device", "cuda", "--json"]) == 0
+    assert [size["ok"] for size in json.loads(capsys.readouterr().out)["sizes"]] == [True, True]
+
+
 def test_above_the_tolerance(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Two float32 implementations never agree to 1e-12.
     argv = [
