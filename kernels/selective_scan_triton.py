@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -129,6 +129,7 @@ def _load_rows(
 
 
 @jit_by_type
+@no_type_check  # a Triton kernel's body is not Python
 def _selective_scan_kernel(
     u_ptr,  # [B, D, L] or [D, T], any float, in
     delta_ptr,  # as u

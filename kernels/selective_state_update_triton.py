@@ -6,6 +6,8 @@ a prefill bit for bit.
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from tp_mamba.kernels.selective_scan_triton import BLOCK_D, LOG2_E, jit_by_type,
 
 
 @jit_by_type
+@no_type_check  # a Triton kernel's body is not Python
 def _selective_state_update_kernel(
     state_ptr,  # [slots, heads, D, N], in and out
     x_ptr,  # [B, heads, D], any float, in
