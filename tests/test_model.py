@@ -1,0 +1,102 @@
+"""The model's own checks, and its agreement with the definition in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from model_factory import falcon_mamba, mamba, save_case
+
+from tp_mamba import MambaConfig, MambaForCausalLM, TensorParallel
+from tp_mamba.metadata import MambaMetadataBuilder
+
+
+@pytest.fixture
+def model() -> MambaForCausalLM:
+    config = MambaConfig.from_dict(mamba().config.to_dict())
+    torch.manual_seed(0)
+    return MambaForCausalLM(config, dtype=torch.float32)
+
+
+def test_forward_refuses(model: MambaForCausalLM) -> None:
+    with pytest.raises(
+        ValueError, match=r"got input_ids of shape \[1, 0\], expected \[B, L\] with at least one token"
+    ):
+        model(torch.zeros(1, 0, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"got input_ids of shape \[3\]"):
+        model(torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="token ids between 5 and 97, the vocabulary has ids 0 to 96"):
+        model(torch.tensor([[5, 97]]))
+    with pytest.raises(ValueError, match="token ids between -1 and 5"):
+        model(torch.tensor([[5, -1]]))
+    metadata = MambaMetadataBuilder("cpu").build(decode_slots=[0])
+    with pytest.raises(ValueError, match=r"input_ids of shape \[2\], the metadata describes \[1\]"):
+        model.forward_packed(torch.zeros(2, dtype=torch.int64), metadata, model.new_cache(1))
+
+
+def test_a_whole_jamba_and_too_many_ranks_are_refused() -> None:
+    jamba = MambaConfig.from_dict(
+        {
+            "model_type": "jamba",
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "vocab_size": 32,
+            "mamba_d_state": 8,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_dt_rank": 4,
+        }
+    )
+    with pytest.raises(ValueError, match="a whole jamba model cannot be built here"):
+        MambaForCausalLM(jamba)
+    config = MambaConfig.from_dict(falcon_mamba().config.to_dict())
+    with pytest.raises(
+        ValueError, match="has 37 channels, too few for 38 tensor-parallel ranks: use at most 37"
+    ):
+        MambaForCausalLM(config, TensorParallel.virtual(0, 38), device="meta")
+
+
+def test_the_dtype_is_the_checkpoints_unless_it_is_given(tmp_path: Path) -> None:
+    mamba().bfloat16().save_pretrained(tmp_path)
+    model = MambaForCausalLM.from_pretrained(tmp_path)
+    assert model.dtype == model.backbone.layers[0].mixer.in_proj.weight.dtype == torch.bfloat16
+    assert model.backbone.layers[0].mixer.A.dtype == torch.float32
+    assert MambaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+    assert model.checkpoint_folder == tmp_path
+
+
+def test_float32_is_as_close_to_float64_as_float32_allows(tmp_path: Path) -> None:
+    """The same weights in float64: an oracle that transformers, which casts inside, cannot give."""
+    save_case("falcon-mamba", tmp_path)
+    ids = torch.arange(30)[None]
+    wide = MambaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)(ids)
+    assert wide.dtype == torch.float64
+    narrow = MambaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(ids)
+    assert (narrow - wide).abs().max() <= 1e-5 * wide.abs().max()
+
+
+def test_a_new_model_is_the_same_at_every_rank_count(model: MambaForCausalLM) -> None:
+    from tp_mamba.sharding import sharded_parameters
+
+    parts = []
+    for rank in range(3):
+        torch.manual_seed(0)
+        parts.append(
+            dict(
+                sharded_parameters(
+                    MambaForCausalLM(model.config, TensorParallel.virtual(rank, 3), torch.float32)
+                )
+            )
+        )
+    for name, param in sharded_parameters(model):
+        split = param.sharded.split
+        merged = split.merge([part[name].sharded.read_local() for part in parts])
+        assert torch.equal(merged, param.sharded.read_local()), name
+
+
+def test_a_gradient_is_refused_not_cut(model: MambaForCausalLM) -> None:
+    assert not any(p.requires_grad for p in model.parameters())
+    model.backbone.embeddings.weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="backward"):
+        model(torch.tensor([[1, 2]]))
