@@ -16,6 +16,8 @@ prompt was cut (given a state that holds the inputs exactly).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tp_mamba.kernels.dispatch import use_triton
@@ -23,7 +25,7 @@ from tp_mamba.kernels.dispatch import use_triton
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _run(out: torch.Tensor, x: torch.Tensor, *args: object) -> None:
+def _run(out: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
     if use_triton(x) and x.dtype != torch.float64:
         from tp_mamba.kernels.causal_conv1d_triton import launch as run
     else:

@@ -16,7 +16,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -126,8 +125,6 @@ def _run(args: argparse.Namespace) -> int:
 
 def run_rank(args: argparse.Namespace) -> int:
     """One rank's part of a verb: join the others and work."""
-    if not args.debug:
-        warnings.simplefilter("ignore", FutureWarning)  # torch's word to developers, once for every rank
     return _load(args.verb).run(args, make_tensor_parallel(args.device, args.backend))
 
 

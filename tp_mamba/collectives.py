@@ -39,7 +39,7 @@ class _CopyToTP(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.tp.all_reduce_(grad.clone(memory_format=torch.contiguous_format)), None
 
 
@@ -51,7 +51,7 @@ class _ReduceFromTP(torch.autograd.Function):
         return tp.all_reduce_(x.clone(memory_format=torch.contiguous_format))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad, None
 
 
@@ -64,7 +64,7 @@ class _GatherFromTP(torch.autograd.Function):
         return tp.all_gather(x, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return _slice(grad, ctx.tp, ctx.dim), None, None
 
 
@@ -77,7 +77,7 @@ class _ScatterToTP(torch.autograd.Function):
         return _slice(x, tp, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return ctx.tp.all_gather(grad, ctx.dim), None, None
 
 

@@ -168,6 +168,7 @@ class MambaMixer(nn.Module):
         # Stored with the channels contiguous, as the states are: the scan then reads both in whole rows.
         self.A = nn.Parameter(torch.empty(N, local, dtype=self.wide_dtype, device=device).t())
         # exp cannot be undone to the bit: the file's own values are kept for saving.
+        self.A_log: torch.Tensor
         self.register_buffer("A_log", torch.empty_like(self.A, requires_grad=False), persistent=False)
         self.D = nn.Parameter(torch.empty(local, dtype=self.wide_dtype, device=device))
         declare(
@@ -254,6 +255,7 @@ class MambaMixer(nn.Module):
         conv_state = None if state is None else state.conv_state
         weight_DK, cut = self.conv1d.weight.squeeze(1), metadata.num_padded_decodes
         if cut:
+            assert conv_state is not None  # _check_inputs has seen to it
             causal_conv1d_update(
                 batch.hidden_states_BC_d,
                 conv_state,
@@ -304,6 +306,7 @@ class MambaMixer(nn.Module):
         batch = split_batch_to_prefill_and_decode(u_TD, z_TD, metadata)
         ssm_state, cut = None if state is None else state.ssm_state, metadata.num_padded_decodes
         if cut:
+            assert ssm_state is not None
             selective_state_update(
                 ssm_state,
                 batch.hidden_states_BC_d,

@@ -219,7 +219,7 @@ class MambaForCausalLM(nn.Module):
             folder = resolve(path_or_name)
             config = MambaConfig.from_pretrained(folder)
             if dtype is None and config.dtype is None:
-                source = open_source(folder)
+                source = open_source(folder, rank=tp.rank, size=tp.size)
                 name = next(name for name in source.names() if name.endswith(".mixer.in_proj.weight"))
                 dtype = source.dtype(name)
             with skip_init():

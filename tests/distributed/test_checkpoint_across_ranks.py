@@ -31,7 +31,9 @@ def _same_files(a: Path, b: Path) -> None:
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("name", ["mamba", "falcon-mamba", "mamba-biased-untied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_by_n_ranks_is_what_was_loaded(ranks, tmp_path: Path, name: str, n: int, dtype: torch.dtype) -> None:
+def test_saved_by_n_ranks_is_what_was_loaded(
+    ranks, tmp_path: Path, name: str, n: int, dtype: torch.dtype
+) -> None:
     model = CASES[name]().to(dtype)
     model.save_pretrained(tmp_path / "original")
     ranks(n).run(_load_and_save, tmp_path / "original", tmp_path / "saved")
@@ -73,10 +75,14 @@ def test_one_rank_that_cannot_load_stops_them_all(ranks, tmp_path: Path, damage:
     else:
         weights = tmp_path / "damaged" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
-    told = ranks(3).run(_load_where_rank_1_has_a_damaged_copy, tmp_path / "good", tmp_path / "damaged", timeout=30)
+    told = ranks(3).run(
+        _load_where_rank_1_has_a_damaged_copy, tmp_path / "good", tmp_path / "damaged", timeout=30
+    )
     assert "damaged" in told[1]
     assert "RankFailedError" not in told[1]
-    assert all(t.startswith("RankFailedError: rank 1 of 3 failed: ") and "damaged" in t for t in (told[0], told[2]))
+    assert all(
+        t.startswith("RankFailedError: rank 1 of 3 failed: ") and "damaged" in t for t in (told[0], told[2])
+    )
 
 
 def _save_where_rank_0_cannot_write(tp: TensorParallel, folder: Path, target: Path) -> str:

@@ -13,8 +13,12 @@ from tp_mamba.tensor_parallel import TensorParallel
 PROMPTS = [[5, 17, 33, 2, 80, 41, 9], [60], [12, 13, 14]]
 SETTINGS = [
     SamplingParams(max_new_tokens=24, temperature=0.8, seed=5, ignore_eos=True),
-    SamplingParams(max_new_tokens=24, temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, seed=6, ignore_eos=True),
-    SamplingParams(max_new_tokens=24, temperature=0.7, repetition_penalty=1.4, stop_token_ids=(3, 40), seed=7),
+    SamplingParams(
+        max_new_tokens=24, temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, seed=6, ignore_eos=True
+    ),
+    SamplingParams(
+        max_new_tokens=24, temperature=0.7, repetition_penalty=1.4, stop_token_ids=(3, 40), seed=7
+    ),
 ]
 
 

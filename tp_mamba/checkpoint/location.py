@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Final
@@ -17,7 +18,7 @@ HUB_TIMEOUT_S: Final = 10.0
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def resolve(path_or_name: str | Path, *, config_only: bool = False) -> Path:
+def resolve(path_or_name: str | os.PathLike[str], *, config_only: bool = False) -> Path:
     """The folder ``path_or_name`` stands for: itself, or the local copy of that name on the Hugging Face hub.
 
     A name is downloaded to the hub's own cache, safetensors where the repository has them and else ``.bin``
@@ -35,7 +36,7 @@ def resolve(path_or_name: str | Path, *, config_only: bool = False) -> Path:
     name = str(path_or_name)
     if folder.exists():
         raise CheckpointError(f"{name} is a file: give the folder that holds config.json and the weights")
-    if isinstance(path_or_name, Path) or not _HUB_NAME.fullmatch(name):
+    if not isinstance(path_or_name, str) or not _HUB_NAME.fullmatch(name):
         raise CheckpointError(
             f"{name} does not exist: give a checkpoint folder or the name of a model on the hub"
         )
