@@ -81,10 +81,14 @@ def test_a_signal_ends_every_rank(signum: signal.Signals) -> None:
         start_new_session=True,
     ) as parent:
         assert parent.stdout is not None
-        assert [parent.stdout.readline() for _ in range(2)] == [b"started\n"] * 2
-        # The whole foreground group, as a terminal does on Ctrl-C.
-        os.killpg(parent.pid, signum)
-        _, err = parent.communicate(timeout=30)
+        try:
+            assert [parent.stdout.readline() for _ in range(2)] == [b"started\n"] * 2
+            # The whole foreground group, as a terminal does on Ctrl-C.
+            os.killpg(parent.pid, signum)
+            _, err = parent.communicate(timeout=30)
+        except BaseException:
+            os.killpg(parent.pid, signal.SIGKILL)  # leaving the block waits for the parent
+            raise
     assert parent.returncode == 100 + signum
     assert err == b""
     deadline = time.monotonic() + 10
