@@ -1,7 +1,7 @@
 """Tensor-parallel Mamba-1 in PyTorch.
 
-The names below are what most programs need; everything else is imported from its module, for example
-``from tp_mamba.mixer import MambaMixer``.
+The names below are what most programs need. Each is imported from its module when it is first used, so that
+``tp-mamba --help`` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -11,39 +11,73 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tp_mamba.cache import MambaCache
+    from tp_mamba.checkpoint.load import load_mixer
     from tp_mamba.config import MambaConfig
     from tp_mamba.generation.params import SamplingParams
     from tp_mamba.generation.tokenizer import load_tokenizer
-    from tp_mamba.metadata import MambaMetadataBuilder
-    from tp_mamba.mixer import MambaMixer
-    from tp_mamba.model import MambaForCausalLM
-    from tp_mamba.tensor_parallel import TensorParallel
-
-__all__ = [
-    "MambaCache",
-    "MambaConfig",
-    "MambaForCausalLM",
-    "MambaMetadataBuilder",
-    "MambaMixer",
-    "SamplingParams",
-    "TensorParallel",
-    "load_tokenizer",
-]
+    from tp_mamba.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+    from tp_mamba.layers.norm import RMSNorm
+    from tp_mamba.layers.vocab import ParallelLMHead, VocabParallelEmbedding
+    from tp_mamba.metadata import MambaMetadata, MambaMetadataBuilder
+    from tp_mamba.mixer import MambaMixer, MambaState
+    from tp_mamba.model import MambaForCausalLM, build_mixer
+    from tp_mamba.options import CacheConfig, ModelConfig
+    from tp_mamba.tensor_parallel import RankFailedError, TensorParallel
 
 _MODULES = {
+    "CacheConfig": "options",
+    "ColumnParallelLinear": "layers.linear",
     "MambaCache": "cache",
     "MambaConfig": "config",
     "MambaForCausalLM": "model",
+    "MambaMetadata": "metadata",
     "MambaMetadataBuilder": "metadata",
     "MambaMixer": "mixer",
+    "MambaState": "mixer",
+    "MergedColumnParallelLinear": "layers.linear",
+    "ModelConfig": "options",
+    "ParallelLMHead": "layers.vocab",
+    "RMSNorm": "layers.norm",
+    "RankFailedError": "tensor_parallel",
+    "RowParallelLinear": "layers.linear",
     "SamplingParams": "generation.params",
     "TensorParallel": "tensor_parallel",
+    "VocabParallelEmbedding": "layers.vocab",
+    "build_mixer": "model",
+    "load_mixer": "checkpoint.load",
     "load_tokenizer": "generation.tokenizer",
 }
 
+__all__ = [
+    "CacheConfig",
+    "ColumnParallelLinear",
+    "MambaCache",
+    "MambaConfig",
+    "MambaForCausalLM",
+    "MambaMetadata",
+    "MambaMetadataBuilder",
+    "MambaMixer",
+    "MambaState",
+    "MergedColumnParallelLinear",
+    "ModelConfig",
+    "ParallelLMHead",
+    "RMSNorm",
+    "RankFailedError",
+    "RowParallelLinear",
+    "SamplingParams",
+    "TensorParallel",
+    "VocabParallelEmbedding",
+    "build_mixer",
+    "load_mixer",
+    "load_tokenizer",
+]
+
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that ``tp-mamba --help`` does not wait for torch."""
     if name not in _MODULES:
         raise AttributeError(f"module 'tp_mamba' has no attribute {name!r}")
     return getattr(import_module(f"tp_mamba.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -317,7 +317,7 @@ class MambaForCausalLM(nn.Module):
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
+        params: SamplingParams | None = None,
         tokenizer: Tokenizer | None = None,
         *,
         max_batch_size: int | None = None,
@@ -338,7 +338,7 @@ class MambaForCausalLM(nn.Module):
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
+        params: SamplingParams | None = None,
         tokenizer: Tokenizer | None = None,
         *,
         max_batch_size: int | None = None,

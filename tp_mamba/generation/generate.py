@@ -31,7 +31,7 @@ class GenerationResult:
 def generate(
     model: MambaForCausalLM,
     prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
+    params: SamplingParams | None = None,
     tokenizer: Tokenizer | None = None,
     *,
     max_batch_size: int | None = None,
@@ -66,7 +66,7 @@ def generate(
 def stream(
     model: MambaForCausalLM,
     prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
+    params: SamplingParams | None = None,
     tokenizer: Tokenizer | None = None,
     *,
     max_batch_size: int | None = None,
@@ -84,7 +84,7 @@ def stream(
     Args:
         model: see :class:`tp_mamba.model.MambaForCausalLM`.
         prompts: token ids of each prompt, none empty.
-        params: how to choose tokens and when to stop.
+        params: how to choose tokens and when to stop; by default greedy, 128 tokens.
         tokenizer: turns tokens into text; without one events carry ids only.
         max_batch_size: sequences, and so state slots, at a time; the others wait. All at once by default.
         max_prefill_tokens: prompt tokens of one forward pass; longer prompts are cut. Activations take memory
@@ -99,6 +99,7 @@ def stream(
             or a limit below 1.
         RuntimeError: logits that are not finite.
     """
+    params = params or SamplingParams()
     prompts = [_checked_prompt(i, prompt, model.config.vocab_size) for i, prompt in enumerate(prompts)]
     if not prompts:
         raise ValueError("the list of prompts is empty: give at least one")

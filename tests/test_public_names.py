@@ -1,0 +1,24 @@
+"""What ``tp_mamba`` exports exists, and is imported only when asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import tp_mamba
+
+
+def test_every_exported_name_is_what_its_module_defines() -> None:
+    assert set(tp_mamba.__all__) == set(tp_mamba._MODULES)
+    for name in tp_mamba.__all__:
+        assert getattr(tp_mamba, name).__name__ == name
+        assert name in dir(tp_mamba)
+    with pytest.raises(AttributeError, match="has no attribute 'Mamba2'"):
+        _ = tp_mamba.Mamba2
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, tp_mamba; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
