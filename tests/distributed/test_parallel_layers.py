@@ -231,3 +231,22 @@ def test_weight_loader_refuses_another_shape() -> None:
         ValueError, match=r"in_proj.weight: got a tensor of shape \[2, 4\], expected the full \[8, 4\]"
     ):
         layer.weight.weight_loader(layer.weight, torch.zeros(2, 4))
+
+
+def _float32_sum(tp: TensorParallel) -> torch.Tensor:
+    torch.manual_seed(2)
+    weight, x = torch.randn(OUT, 64).bfloat16(), torch.randn(ROWS, 64).bfloat16()
+    layer = RowParallelLinear(64, OUT, bias=False, reduce_in_float32=True, tp=tp, dtype=torch.bfloat16)
+    layer.weight.weight_loader(layer.weight, weight)
+    return layer(Split(shape=(ROWS, 64), dim=1).shard(x, tp.rank, tp.size)).detach()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_float32_sum_is_rounded_nowhere(ranks, n: int) -> None:
+    """bf16 operands, float32 sum: as exact as float32 is, where bf16 partial sums would be 3 digits off."""
+    torch.manual_seed(2)
+    weight, x = torch.randn(OUT, 64).bfloat16(), torch.randn(ROWS, 64).bfloat16()
+    exact = x.double() @ weight.double().t()
+    for y in ranks(n).run(_float32_sum):
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)

@@ -283,4 +283,4 @@ class RowParallelLinear(ParallelLinear):
             # The GEMM accumulates in float32 anyway; this keeps its result from being rounded on the way out.
             y = torch.mm(x.flatten(0, -2), self.weight.t(), out_dtype=torch.float32)
             return y.unflatten(0, x.shape[:-1])
-        return F.linear(x, self.weight).float()
+        return F.linear(x.float(), self.weight.float())  # mm's out_dtype serves GPUs alone, and no gradient
