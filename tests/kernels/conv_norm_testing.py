@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton_interpreter import repair
 
 # "interpreter": the Triton kernels on the CPU; "cpu": the plain-torch path; "cuda": the kernels on a GPU.
 INTERPRETER = pytest.param("interpreter", id="interpreter")
@@ -42,18 +43,7 @@ def _start_interpreting() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
 
-    from triton.runtime import interpreter
-
-    # The interpreter truncates float32 to bfloat16; a GPU rounds to nearest even, and the bound needs that.
-    convert = interpreter._convert_float
-
-    def rounding_convert(value: Any, source: Any, target: Any, mode: Any) -> Any:
-        if target.name != "bf16" or source.name != "fp32":
-            return convert(value, source, target, mode)
-        bits = torch.from_numpy(value.copy()).to(torch.bfloat16).view(torch.uint16)
-        return bits.numpy().reshape(value.shape)
-
-    interpreter._convert_float = rounding_convert
+    repair()
 
 
 def _without_grad(check: Callable[..., None], *args: Any) -> None:

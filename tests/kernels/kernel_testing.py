@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton_interpreter import repair
 
 DEVICES = [pytest.param("interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
 """Where a Triton kernel is tested: in Triton's interpreter on the CPU, and compiled on a GPU."""
@@ -25,6 +26,7 @@ def triton_device(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if name == "cuda":
         return torch.device("cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    repair()
     for module in TRITON_MODULES:
         # setitem first: it remembers what to restore, also where there was nothing.
         monkeypatch.setitem(sys.modules, module, None)
