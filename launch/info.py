@@ -1,4 +1,7 @@
-"""``tp-mamba info``: what a checkpoint is, and whether all of it is there. Reads config and headers only."""
+"""``tp-mamba info``: what a checkpoint is, and whether it would load.
+
+Reads config.json and headers; weights only where a tied head is stored twice, which loading compares as well.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from tp_mamba.launch.console import facts, human_bytes, print_json, show
 from tp_mamba.launch.published import PUBLISHED, Sizes
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from tp_mamba.checkpoint.matching import Comparison
     from tp_mamba.checkpoint.source import TensorSource
     from tp_mamba.config import MambaConfig
     from tp_mamba.tensor_parallel import TensorParallel
@@ -25,6 +31,9 @@ EXAMPLES = """\
   tp-mamba info ./mamba-130m-hf
   tp-mamba info ./mamba-2.8b-tp4 --json               a folder written by `tp-mamba shard`
 """
+
+DIFFERENCES = ("duplicate", "missing", "unknown", "misshapen", "wrong_dtype")
+"""Lists of a :class:`~tp_mamba.checkpoint.matching.Comparison`, in the order in which loading looks at them."""
 
 SHOWN = 5
 """How many tensor names a line lists before it only counts."""
@@ -43,7 +52,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
-    """Print what was found; 1 if the checkpoint is not whole."""
+    """Print what was found; 1 if the checkpoint would not load."""
     report = inspect_checkpoint(Path(args.checkpoint))
     if args.json:
         print_json(report)
@@ -53,16 +62,16 @@ def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
 
 
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
-    """Everything ``tp-mamba info`` says, from config.json and the headers of the files in ``folder``."""
+    """Everything ``tp-mamba info`` says of the checkpoint in ``folder``."""
+    from tp_mamba.checkpoint.matching import compare
     from tp_mamba.checkpoint.source import open_source
     from tp_mamba.config import MambaConfig
 
     config = MambaConfig.from_pretrained(folder)
     source = open_source(folder)
-    expected, found = expected_shapes(config), stored_shapes(config, source)
-    missing = sorted(expected.keys() - found.keys())
-    unknown = sorted(found.keys() - expected.keys())
-    misshapen = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
+    parameters = expected_parameters(config)
+    comparison = compare(parameters, source)
+    refusal = comparison.refusal or _tied_refusal(source, comparison)
     sizes = Sizes(*(getattr(config, name) for name in Sizes._fields))
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
     dtypes = Counter(str(source.dtype(name)).removeprefix("torch.") for name in source.names())
@@ -72,36 +81,36 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "layout": _layout(folder),
         "sizes": sizes._asdict(),
         "tied": config.tie_word_embeddings,
-        "parameters": sum(math.prod(shape) for shape in expected.values()),
+        "parameters": sum(math.prod(param.sharded.split.shape) for param in parameters.values()),  # type: ignore[attr-defined, misc]
         "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch."),
         "stored_dtypes": dict(dtypes),
         "files": {path.name: path.stat().st_size for path in files},
-        "complete": not (missing or unknown or misshapen),
-        "missing": missing,
-        "unknown": unknown,
-        "misshapen": misshapen,
+        "complete": refusal is None,
+        "refusal": refusal,
+        **{kind: getattr(comparison, kind) for kind in DIFFERENCES},
         "tokenizer": (folder / "tokenizer.json").is_file(),
         "published_sizes": PUBLISHED.get(sizes),
     }
 
 
-def expected_shapes(config: MambaConfig) -> dict[str, tuple[int, ...]]:
-    """Name to full shape of every tensor a model of ``config`` is made of, by a model without memory."""
+def expected_parameters(config: MambaConfig) -> dict[str, nn.Parameter]:
+    """Name to parameter of everything a model of ``config`` is made of, by a model without memory."""
     from tp_mamba.model import MambaForCausalLM
     from tp_mamba.sharding import sharded_parameters
 
-    model = MambaForCausalLM(config, device="meta")
-    return {name: param.sharded.split.shape for name, param in sharded_parameters(model)}  # type: ignore[attr-defined]
+    return dict(sharded_parameters(MambaForCausalLM(config, device="meta")))
 
 
-def stored_shapes(config: MambaConfig, source: TensorSource) -> dict[str, tuple[int, ...]]:
-    """Name to shape of what the files hold; a tied head that is stored as well is left out."""
-    from tp_mamba.checkpoint.names import LM_HEAD, canonical_name
+def _tied_refusal(source: TensorSource, comparison: Comparison) -> str | None:
+    """Why loading refuses the stored copy of a tied head, if it does."""
+    from tp_mamba.checkpoint.errors import CheckpointError
+    from tp_mamba.checkpoint.matching import verify_tied
 
-    shapes = {canonical_name(name): tuple(source.shape(name)) for name in source.names()}
-    if config.tie_word_embeddings:
-        shapes.pop(LM_HEAD, None)
-    return shapes
+    try:
+        verify_tied(source, comparison.matching, 0, 1)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _layout(folder: Path) -> str:
@@ -132,12 +141,12 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, object]]:
         ("dtype", f"{report['dtype'] or 'not declared'} in config.json; {stored}"),
         ("files", f"{names}, {human_bytes(sum(files.values()))}"),
         ("tokenizer", "tokenizer.json" if report["tokenizer"] else "none here: pass --tokenizer to generate"),
-        ("whole", "yes, every tensor is there" if report["complete"] else "NO"),
+        ("whole", "yes, every tensor is there" if report["complete"] else f"NO: {report['refusal']}"),
     ]
-    for kind in ("missing", "unknown", "misshapen"):
-        if found := report[kind]:
+    for kind in DIFFERENCES:
+        if found := [" = ".join(name) if kind == "duplicate" else name for name in report[kind]]:
             more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-            lines.append((kind, ", ".join(found[:SHOWN]) + more))
+            lines.append((kind.replace("_", " "), ", ".join(found[:SHOWN]) + more))
     return lines
 
 

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.load import load_mixer, load_mixer_rank, load_model, load_rank
+from tp_mamba.checkpoint.matching import compare
+from tp_mamba.checkpoint.source import open_source
 from tp_mamba.config import MambaConfig
 from tp_mamba.model import MambaForCausalLM, build_mixer
 from tp_mamba.sharding import sharded_parameters
@@ -180,6 +182,37 @@ def test_wrong_dtype(damaged, dtype):
 def test_one_tensor_under_two_names(damaged):
     two = {"backbone.embedding.weight": torch.ones(97, 20)}
     refuse(damaged(two), r"holds both backbone\.embedding\.weight and backbone\.embeddings\.weight")
+
+
+def test_every_difference_is_reported(damaged):
+    changes = {f"{MIXER}.D": None, f"{MIXER}.A_log": None, f"{MIXER}.gate": torch.ones(3)}
+    changes |= {
+        "backbone.norm_f.weight": torch.ones(19, dtype=torch.int8),
+        "model.norm_f.weight": torch.ones(20),
+    }
+    changes |= {
+        "lm_head.weight": torch.ones(96, 20),
+        f"{MIXER}.dt_proj.bias": torch.ones(30, dtype=torch.int64),
+    }
+    folder = damaged(changes)
+    model = MambaForCausalLM(MambaConfig.from_pretrained(folder), device="meta")
+    comparison = compare(dict(sharded_parameters(model)), open_source(folder))
+    assert comparison.duplicate == [("backbone.norm_f.weight", "model.norm_f.weight")]
+    assert set(comparison.missing) == {f"{MIXER}.D", f"{MIXER}.A_log"}
+    assert comparison.unknown == [f"{MIXER}.gate"]
+    assert set(comparison.misshapen) == {"backbone.norm_f.weight", "lm_head.weight"}
+    assert set(comparison.wrong_dtype) == {"backbone.norm_f.weight", f"{MIXER}.dt_proj.bias"}
+    assert comparison.matching.tied_copy == "lm_head.weight"
+    refuse(folder, r"holds both backbone\.norm_f\.weight and model\.norm_f\.weight")
+
+
+def test_nothing_differs(damaged):
+    folder = damaged({})
+    model = MambaForCausalLM(MambaConfig.from_pretrained(folder), device="meta")
+    comparison = compare(dict(sharded_parameters(model)), open_source(folder))
+    assert comparison.refusal is None
+    assert not any(getattr(comparison, kind) for kind in ("duplicate", "missing", "unknown", "misshapen"))
+    assert not comparison.wrong_dtype
 
 
 def test_tied_head_that_equals_the_embedding(damaged):

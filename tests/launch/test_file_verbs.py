@@ -11,8 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tp_mamba.checkpoint.errors import CheckpointError
+from tp_mamba.checkpoint.load import load_rank
+from tp_mamba.config import MambaConfig
 from tp_mamba.launch import cli
 from tp_mamba.launch.published import PUBLISHED, Sizes
+from tp_mamba.model import MambaForCausalLM
+from tp_mamba.tensor_parallel import TensorParallel
 
 WEIGHTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -109,6 +114,53 @@ def test_info_names_what_is_wrong(sample: Path, tmp_path: Path, capsys: pytest.C
     out = capsys.readouterr().out
     assert "NO" in out
     assert "backbone.extra" in out
+
+
+EMBEDDING, HEAD, NORM = "backbone.embeddings.weight", "lm_head.weight", "backbone.norm_f.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "names"),
+    [
+        ({HEAD: EMBEDDING, EMBEDDING: None}, None, []),  # a tied head alone is the embedding
+        ({HEAD: EMBEDDING}, None, []),
+        ({HEAD: torch.ones(512, 512)}, None, []),  # differs: only reading the two tells
+        ({HEAD: torch.ones(3, 512)}, "misshapen", [HEAD]),
+        ({NORM: torch.ones(512, dtype=torch.int8)}, "wrong_dtype", [NORM]),
+        ({"model.norm_f.weight": NORM}, "duplicate", [[NORM, "model.norm_f.weight"]]),
+        ({NORM: torch.ones(9), EMBEDDING: None}, "missing", [EMBEDDING]),
+        ({"model.extra": torch.ones(9)}, "unknown", ["model.extra"]),
+    ],
+)
+def test_info_and_loading_agree(
+    changes: dict[str, torch.Tensor | str | None],
+    kind: str | None,
+    names: list,
+    sample: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tensors = tensors_of(sample)
+    new = {name: tensors[new].clone() if isinstance(new, str) else new for name, new in changes.items()}
+    tensors = {name: tensor for name, tensor in (tensors | new).items() if tensor is not None}
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(sample / "config.json", tmp_path)
+    model = MambaForCausalLM(MambaConfig.from_pretrained(tmp_path), tp=TensorParallel.virtual(0, 1))
+    try:
+        load_rank(model, tmp_path)
+        refusal = None
+    except CheckpointError as error:
+        refusal = str(error)
+    report = info_of(tmp_path, capsys, status=int(refusal is not None))
+    assert report["refusal"] == refusal
+    assert report["complete"] is (refusal is None)
+    if kind is not None:
+        assert refusal is not None
+        assert report[kind] == names
+        assert cli.main(["info", str(tmp_path)]) == 1
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"NO: {refusal}" in out
+        assert kind.replace("_", " ") in out
 
 
 def test_info_of_a_raw_checkpoint(sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

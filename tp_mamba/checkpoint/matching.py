@@ -44,43 +44,93 @@ class Matching:
         return iter(self.entries)
 
 
-def match(
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How a source and the parameters it should fill compare, down to every difference.
+
+    Tensors are named as the source names them, missing ones by their canonical names.
+    """
+
+    matching: Matching
+    """The parameters that have a tensor, fitting or not."""
+    duplicate: list[tuple[str, str]]
+    """Two names of one tensor."""
+    missing: list[str]
+    unknown: list[str]
+    misshapen: list[str]
+    wrong_dtype: list[str]
+    refusal: str | None
+    """Why loading refuses the source, in one sentence; None if nothing differs."""
+
+
+def compare(
     parameters: Mapping[str, nn.Parameter], source: TensorSource, *, names: Sequence[str] | None = None
-) -> Matching:
-    """Pair ``parameters`` (canonical names) with the tensors of ``source``, strictly.
+) -> Comparison:
+    """Compare ``parameters`` (canonical names) with the tensors of ``source``, by headers alone.
 
     A model without an ``lm_head.weight`` parameter of its own ties it to the embedding; its file may then hold
     either of the two, or both, which :func:`verify_tied` compares.
 
     Args:
         names: the tensors of ``source`` to consider; by default all of them.
-
-    Raises:
-        CheckpointError: a tensor is missing, unknown, present under two names, or has another shape than its
-            parameter or a dtype that is no weight's.
     """
-    stored = _by_canonical_name(source.names() if names is None else names)
+    stored, duplicate = _by_canonical_name(source.names() if names is None else names)
     tied_copy = None
     if EMBEDDING in parameters and LM_HEAD not in parameters and LM_HEAD in stored:
         tied_copy = stored.pop(LM_HEAD)
         if EMBEDDING not in stored:
             stored[EMBEDDING], tied_copy = tied_copy, None
-    if missing := [name for name in parameters if name not in stored]:
-        raise CheckpointError(
+    entries = [Entry(name, stored[name], param) for name, param in parameters.items() if name in stored]
+    splits = {entry.stored_name: entry.split for entry in entries}
+    if tied_copy is not None:
+        splits[tied_copy] = parameters[EMBEDDING].sharded.split  # type: ignore[attr-defined]
+    missing = [name for name in parameters if name not in stored]
+    unknown = [stored[name] for name in stored if name not in parameters]
+    misshapen = [name for name, split in splits.items() if source.shape(name) != split.shape]
+    wrong_dtype = [name for name in splits if source.dtype(name) not in WEIGHT_DTYPES]
+    refusal = None
+    if duplicate:
+        first, second = duplicate[0]
+        refusal = f"the checkpoint holds both {first} and {second}, two names of one tensor: remove one"
+    elif missing:
+        refusal = (
             f"the checkpoint lacks {_first(missing)}, which its config.json asks for: use the config.json that "
             "belongs to these weights"
         )
-    if unknown := [stored[name] for name in stored if name not in parameters]:
-        raise CheckpointError(
+    elif unknown:
+        refusal = (
             f"the checkpoint holds {_first(unknown)}, which its config.json has no place for: use the config.json "
             "that belongs to these weights"
         )
-    entries = [Entry(name, stored[name], param) for name, param in parameters.items()]
-    for entry in entries:
-        _check(source, entry.stored_name, entry.split)
-    if tied_copy is not None:
-        _check(source, tied_copy, parameters[EMBEDDING].sharded.split)  # type: ignore[attr-defined]
-    return Matching(entries, tied_copy)
+    elif misshapen:
+        name = misshapen[0]
+        refusal = (
+            f"{name} has shape {list(source.shape(name))}, config.json asks for {list(splits[name].shape)}: use "
+            "the config.json that belongs to these weights"
+        )
+    elif wrong_dtype:
+        name = wrong_dtype[0]
+        refusal = (
+            f"{name} has dtype {_short(source.dtype(name))}, supported are "
+            f"{', '.join(map(_short, WEIGHT_DTYPES))}: convert the checkpoint to one of them"
+        )
+    matching = Matching(entries, tied_copy)
+    return Comparison(matching, duplicate, missing, unknown, misshapen, wrong_dtype, refusal)
+
+
+def match(
+    parameters: Mapping[str, nn.Parameter], source: TensorSource, *, names: Sequence[str] | None = None
+) -> Matching:
+    """Pair ``parameters`` with the tensors of ``source``, strictly; arguments as :func:`compare`.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, present under two names, or has another shape than its
+            parameter or a dtype that is no weight's.
+    """
+    comparison = compare(parameters, source, names=names)
+    if comparison.refusal is not None:
+        raise CheckpointError(comparison.refusal)
+    return comparison.matching
 
 
 def read_pieces(source: TensorSource, name: str, split: Split, rank: int, n: int) -> list[torch.Tensor]:
@@ -110,29 +160,15 @@ def verify_tied(source: TensorSource, matching: Matching, rank: int, n: int) -> 
         )
 
 
-def _by_canonical_name(names: Sequence[str]) -> dict[str, str]:
+def _by_canonical_name(names: Sequence[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Canonical to source name, and the pairs of source names that share a canonical one."""
     stored: dict[str, str] = {}
+    duplicate = []
     for name in names:
-        canonical = canonical_name(name)
-        if canonical in stored:
-            raise CheckpointError(
-                f"the checkpoint holds both {stored[canonical]} and {name}, two names of one tensor: remove one"
-            )
-        stored[canonical] = name
-    return stored
-
-
-def _check(source: TensorSource, name: str, split: Split) -> None:
-    if source.shape(name) != split.shape:
-        raise CheckpointError(
-            f"{name} has shape {list(source.shape(name))}, config.json asks for {list(split.shape)}: use the "
-            "config.json that belongs to these weights"
-        )
-    if source.dtype(name) not in WEIGHT_DTYPES:
-        raise CheckpointError(
-            f"{name} has dtype {_short(source.dtype(name))}, supported are {', '.join(map(_short, WEIGHT_DTYPES))}: "
-            "convert the checkpoint to one of them"
-        )
+        first = stored.setdefault(canonical_name(name), name)
+        if first != name:
+            duplicate.append((first, name))
+    return stored, duplicate
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
