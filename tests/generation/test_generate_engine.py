@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -251,6 +252,11 @@ def test_logits_that_are_not_finite_stop_everything_and_free_the_slots() -> None
         ([3, 4], {}, {}, "prompt 0 is 3: a prompt is a sequence of token ids"),
         ([[1]], {"stop_token_ids": (40,)}, {}, r"stop_token_ids \(40,\) holds the id 40"),
         ([[1]], {"stop": ("x",)}, {}, r"stop strings \('x',\) were given without a tokenizer"),
+        ([[1], [2, 1.7]], {}, {}, "a token id of prompt 1 is 1.7, which is not an integer: give a whole"),
+        ([[True]], {}, {}, "a token id of prompt 0 is True, which is not an integer"),
+        ([torch.ones(2)], {}, {}, r"a token id of prompt 0 is tensor\(1.\), which is not an integer"),
+        ([[1]], {}, {"max_batch_size": 1.5}, "max_batch_size is 1.5, which is not an integer"),
+        ([[1]], {}, {"max_prefill_tokens": 2.5}, "max_prefill_tokens is 2.5, which is not an integer"),
         ([[1]], {}, {"max_batch_size": 0}, "max_batch_size=0 lets nothing run"),
         ([[1]], {}, {"max_prefill_tokens": 0}, "max_prefill_tokens=0 lets nothing run"),
     ],
@@ -262,3 +268,10 @@ def test_wrong_calls_are_refused_before_any_work(
     with pytest.raises(ValueError, match=message):
         stream(model, prompts, SamplingParams(**params), **limits)
     assert not model.caches
+
+
+def test_prompts_of_numpy_and_torch_integers() -> None:
+    params = SamplingParams(max_new_tokens=4)
+    expected = generate(ToyModel(), [[5, 6, 7]], params)
+    for prompt in (torch.tensor([5, 6, 7]), np.array([5, 6, 7], dtype=np.int16)):
+        assert generate(ToyModel(), [prompt], params) == expected

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers.generation import logits_process as hf
@@ -207,8 +208,28 @@ PINNED = [0.5762450189723225, 0.31977111332753083, 0.47519711552752286]
         ({"seed": 2**64}, "seed=18446744073709551616 is out of range"),
         ({"stop": "end"}, "stop='end' is one string: give a tuple"),
         ({"stop": ("a", "")}, "stop holds an empty string"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, which is not an integer: give a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens is True, which is not an integer"),
+        ({"max_new_tokens": torch.tensor(3.0)}, r"max_new_tokens is tensor\(3.\), which is not an integer"),
+        ({"top_k": 2.0}, "top_k is 2.0, which is not an integer"),
+        ({"seed": 1.5}, "seed is 1.5, which is not an integer"),
+        ({"seed": torch.tensor(True)}, r"seed is tensor\(True\), which is not an integer"),
+        ({"seed": "1"}, "seed is '1', which is not an integer"),
+        ({"stop_token_ids": (3, 4.0)}, "an id of stop_token_ids is 4.0, which is not an integer"),
+        ({"stop_token_ids": 3}, "stop_token_ids=3 is one value: give a tuple"),
     ],
 )
 def test_parameters_out_of_range_are_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingParams(**values)
+
+
+def test_integers_of_numpy_and_torch_become_ints() -> None:
+    given = SamplingParams(
+        max_new_tokens=np.int32(5),
+        top_k=torch.tensor(3),
+        seed=np.uint64(2**64 - 1),
+        stop_token_ids=[np.int64(7)],
+    )
+    plain = SamplingParams(max_new_tokens=5, top_k=3, seed=2**64 - 1, stop_token_ids=(7,))
+    assert repr(given) == repr(plain)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from tp_mamba.generation.detokenizer import special_token_ids
 from tp_mamba.generation.engine import Engine
-from tp_mamba.generation.params import SamplingParams
+from tp_mamba.generation.params import SamplingParams, integer
 from tp_mamba.generation.sequence import ActiveSequence, FinishReason, TokenEvent
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def stream(
         interleaved. Everything below but RuntimeError is raised by the call itself, before any work.
 
     Raises:
-        ValueError: no prompts, an empty prompt, ids outside the vocabulary, stop strings without a tokenizer,
-            or a limit below 1.
+        ValueError: no prompts, an empty prompt, ids that are no integers or outside the vocabulary, stop
+            strings without a tokenizer, or a limit that is no integer or below 1.
         RuntimeError: logits that are not finite.
     """
     params = params or SamplingParams()
@@ -109,10 +109,10 @@ def stream(
             f"stop strings {params.stop} were given without a tokenizer: pass one, or use stop_token_ids"
         )
     for name, limit in (("max_batch_size", max_batch_size), ("max_prefill_tokens", max_prefill_tokens)):
-        if limit is not None and limit < 1:
+        if limit is not None and integer(name, limit) < 1:
             raise ValueError(f"{name}={limit} lets nothing run: it is at least 1")
-    slots = min(len(prompts), max_batch_size or len(prompts))
-    return _events(model, prompts, params, tokenizer, slots, max_prefill_tokens)
+    slots = min(len(prompts), int(max_batch_size or len(prompts)))
+    return _events(model, prompts, params, tokenizer, slots, int(max_prefill_tokens))
 
 
 def _events(
@@ -144,7 +144,8 @@ def _checked_prompt(index: int, prompt: Sequence[int], vocab_size: int) -> list[
             f"prompt {index} is {prompt!r}: a prompt is a sequence of token ids, as in "
             "tokenizer.encode(text).ids"
         )
-    ids = [int(token) for token in prompt]
+    what = f"a token id of prompt {index}"
+    ids = [integer(what, token) for token in prompt]
     if not ids:
         raise ValueError(f"prompt {index} is empty: the first token needs at least one before it")
     _check_ids(f"prompt {index}", ids, vocab_size)

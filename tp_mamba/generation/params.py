@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 _MIN_TEMPERATURE = 1e-6  # below it the quotient of two logits leaves what a float can tell apart
 
@@ -39,6 +42,14 @@ class SamplingParams:
     """Go on after the model's end-of-text ids."""
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
+        if not isinstance(self.stop_token_ids, Iterable):
+            raise ValueError(
+                f"stop_token_ids={self.stop_token_ids!r} is one value: give a tuple of ids, as in (0,)"
+            )
+        stop_token_ids = tuple(integer("an id of stop_token_ids", token) for token in self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} makes nothing: ask for at least 1")
         if self.temperature != 0 and not _MIN_TEMPERATURE <= self.temperature < math.inf:
@@ -69,3 +80,19 @@ class SamplingParams:
             )
         if "" in self.stop:
             raise ValueError("stop holds an empty string, which every text contains: leave it out")
+
+
+def integer(what: str, value: SupportsIndex) -> int:
+    """``value`` as an int: numpy's and torch's integer scalars count, floats and booleans do not.
+
+    Raises:
+        ValueError: it is no integer; the sentence begins with ``what``.
+    """
+    if type(value) is int:  # of a long prompt, every token
+        return value
+    try:
+        if "bool" in str(getattr(value, "dtype", type(value))):  # operator.index would make 0 or 1 of it
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{what} is {value!r}, which is not an integer: give a whole number") from None
