@@ -143,6 +143,18 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         cache.save(tmp_path / "state", slot)
     assert (tmp_path / "state").read_bytes() == old
     assert list(tmp_path.iterdir()) == [tmp_path / "state"]
+    monkeypatch.undo()
+
+    def refused(source: object, target: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("tp_mamba.cache.os.replace", refused)
+    with pytest.raises(OSError, match=r"could not be written to .*state: .*Input/output error"):
+        cache.save(tmp_path / "state", slot)
+    assert (tmp_path / "state").read_bytes() == old, "the new file takes the old one's place in one move"
+    assert list(tmp_path.iterdir()) == [tmp_path / "state"]
+    with pytest.raises(ValueError, match="the state cannot be saved as"):
+        cache.save(tmp_path, slot)
 
 
 def test_a_cache_needs_slots_and_layers() -> None:

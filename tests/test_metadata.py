@@ -16,7 +16,7 @@ def random_batch(rng: random.Random) -> dict:
     return {
         "decode_slots": slots[:decodes],
         "prefill_slots": slots[decodes:],
-        "prefill_lengths": [rng.randrange(7) for _ in range(prefills)],
+        "prefill_lengths": [rng.randrange(1, 7) for _ in range(prefills)],
         "has_initial_states": [rng.random() < 0.5 for _ in range(prefills)],
         "num_padded_decodes": decodes + rng.randrange(4),
     }
@@ -105,7 +105,15 @@ def test_split_gives_views_of_each_kind(seed: int) -> None:
         ),
         (
             {"prefill_slots": [0], "prefill_lengths": [-2], "has_initial_states": [False]},
-            "prefill 0 has length -2: a length counts tokens",
+            "prefill 0 has length -2: a prefill takes in at least one token",
+        ),
+        (
+            {"prefill_slots": [0, 1], "prefill_lengths": [3, 0], "has_initial_states": [False, False]},
+            "prefill 1 has length 0: a prefill takes in at least one token",
+        ),
+        (
+            {"prefill_slots": [NULL_SLOT], "prefill_lengths": [3], "has_initial_states": [True]},
+            "prefill 0 continues a state but has no slot",
         ),
         ({"decode_slots": [0, 1], "num_padded_decodes": 1}, "num_padded_decodes=1 is below the 2 decodes"),
         ({"decode_slots": [-2]}, "state slot -2 does not exist"),

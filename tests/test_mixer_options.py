@@ -34,14 +34,21 @@ SIZES: dict[str, Any] = {
         ),
         ({"ssm_state_size": 300}, "layer.mixer: got a state size of 300, the kernels serve 1 to 256"),
         ({"activation": "gelu"}, "layer.mixer: unknown activation 'gelu'"),
-        ({"time_step_rank": 0}, "layer.mixer: size R is 0, it must be positive"),
+        ({"time_step_rank": 0}, "layer.mixer: size R is 0, it must be a positive integer"),
+        ({"hidden_size": 6.0}, "layer.mixer: size H is 6.0, it must be a positive integer"),
+        ({"tp": 4}, "got tp=4: pass a TensorParallel"),
+        (
+            {"dtype": torch.int8},
+            "layer.mixer: dtype=torch.int8 is not supported: use one of float32, bfloat16",
+        ),
+        ({"dtype": "half-float"}, "layer.mixer: dtype='half-float' is not supported"),
         ({"tp": TensorParallel.virtual(0, 11)}, "has 10 channels, too few for 11 tensor-parallel ranks"),
         ({"is_lora_enabled": True}, "is_lora_enabled is set but adapters are not available yet"),
         ({"cache_config": CacheConfig(enable_prefix_caching=True)}, "enable_prefix_caching is set"),
         ({"cache_config": CacheConfig(mamba_block_size=16)}, "mamba_block_size is 16"),
         (
             {"cache_config": CacheConfig(mamba_ssm_cache_dtype="int8")},
-            "mamba_ssm_cache_dtype='int8' is not a floating",
+            "mamba_ssm_cache_dtype='int8' is not supported: use one of",
         ),
     ],
 )
@@ -74,6 +81,9 @@ def test_forward_refuses(mixer: MambaMixer) -> None:
         mixer(torch.zeros(4, 6), prefill, MambaCache([mixer], 1).layer(0))
     with pytest.raises(ValueError, match="slots are named but no state was passed"):
         mixer(torch.zeros(5, 6), prefill)
+    cache = MambaCache([mixer], 2)
+    with pytest.raises(ValueError, match="the batch names slot 2 of a state with 2 slots"):
+        mixer(torch.zeros(1, 6), MambaMetadataBuilder("cpu").build(decode_slots=[2]), cache.layer(0))
     with pytest.raises(RuntimeError, match="backward"):
         mixer(torch.zeros(4, 6, requires_grad=True))
     mixer.to(torch.bfloat16)
@@ -99,6 +109,11 @@ def test_dense_and_packed_agree_with_and_without_state(mixer: MambaMixer) -> Non
     first = mixer(h[:, :4].contiguous(), batch(4, False), cache.layer(0))
     rest = mixer(h[:, 4:].contiguous(), batch(3, True), cache.layer(0))
     torch.testing.assert_close(torch.cat([first, rest], dim=1), dense, rtol=1e-5, atol=1e-6)
+
+
+def test_an_empty_batch_gives_an_empty_result(mixer: MambaMixer) -> None:
+    for shape in ((0, 6), (2, 0, 6), (0, 3, 6)):
+        assert mixer(torch.zeros(shape)).shape == shape
 
 
 def test_names_known_from_vllm(mixer: MambaMixer) -> None:

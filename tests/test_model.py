@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_factory import falcon_mamba, mamba, save_case
+from model_factory import falcon_mamba, full_forward, mamba, save_case
 
 from tp_mamba import MambaConfig, MambaForCausalLM, TensorParallel
 from tp_mamba.metadata import MambaMetadataBuilder
@@ -26,6 +26,12 @@ def test_forward_refuses(model: MambaForCausalLM) -> None:
         model(torch.zeros(1, 0, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"got input_ids of shape \[3\]"):
         model(torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(
+        ValueError, match=r"got input_ids in torch.float32: token ids are a tensor of int64 or int32"
+    ):
+        model(torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="got input_ids in list: token ids are a tensor"):
+        model([[1, 2]])
     with pytest.raises(ValueError, match="token ids between 5 and 97, the vocabulary has ids 0 to 96"):
         model(torch.tensor([[5, 97]]))
     with pytest.raises(ValueError, match="token ids between -1 and 5"):
@@ -33,6 +39,23 @@ def test_forward_refuses(model: MambaForCausalLM) -> None:
     metadata = MambaMetadataBuilder("cpu").build(decode_slots=[0])
     with pytest.raises(ValueError, match=r"input_ids of shape \[2\], the metadata describes \[1\]"):
         model.forward_packed(torch.zeros(2, dtype=torch.int64), metadata, model.new_cache(1))
+    other = MambaForCausalLM(
+        MambaConfig.from_dict(mamba(num_hidden_layers=3).config.to_dict()), dtype=torch.float32
+    )
+    with pytest.raises(ValueError, match="got a cache of 3 layers for a model of 2"):
+        model.forward_packed(torch.zeros(1, dtype=torch.int64), metadata, other.new_cache(1))
+
+
+def test_wrong_arguments_are_named(model: MambaForCausalLM) -> None:
+    with pytest.raises(ValueError, match=r"dtype=torch.int8 is not supported"):
+        MambaForCausalLM(model.config, dtype=torch.int8)
+    with pytest.raises(ValueError, match="got tp=2: pass a TensorParallel"):
+        MambaForCausalLM(model.config, 2)
+    with pytest.raises(ValueError, match="got 'gloo' for a process group"):
+        TensorParallel("gloo")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device 'cuda' but torch finds no GPU"):
+            MambaForCausalLM(model.config, device="cuda")
 
 
 def test_a_whole_jamba_and_too_many_ranks_are_refused() -> None:
@@ -62,7 +85,7 @@ def test_the_dtype_is_the_checkpoints_unless_it_is_given(tmp_path: Path) -> None
     model = MambaForCausalLM.from_pretrained(tmp_path)
     assert model.dtype == model.backbone.layers[0].mixer.in_proj.weight.dtype == torch.bfloat16
     assert model.backbone.layers[0].mixer.A.dtype == torch.float32
-    assert MambaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+    assert MambaForCausalLM.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
     assert model.checkpoint_folder == tmp_path
 
 
@@ -100,3 +123,41 @@ def test_a_gradient_is_refused_not_cut(model: MambaForCausalLM) -> None:
     model.backbone.embeddings.weight.requires_grad_()
     with pytest.raises(RuntimeError, match="backward"):
         model(torch.tensor([[1, 2]]))
+
+
+def test_initial_values_of_a_whole_model() -> None:
+    """mamba_ssm's ``_init_weights``: out_proj divided by sqrt(layers), projection biases zero."""
+    config = MambaConfig.from_dict(
+        mamba(num_hidden_layers=16, hidden_size=32, use_bias=True).config.to_dict()
+    )
+    torch.manual_seed(0)
+    model = MambaForCausalLM(config, dtype=torch.float32)
+    bound = config.intermediate_size**-0.5 / 4
+    for mixer in model.mixers():
+        assert 0.9 * bound < mixer.out_proj.weight.abs().max() <= bound
+        assert not mixer.in_proj.bias.any()
+        assert not mixer.out_proj.bias.any()
+    assert 0.015 < model.backbone.embeddings.weight.std() < 0.025
+
+
+def test_the_epsilon_of_the_block_norms_is_the_configs(tmp_path: Path) -> None:
+    """At its usual 1e-5 a wrong epsilon hides behind activations of size one; at 0.5 it cannot."""
+    oracle = mamba(layer_norm_epsilon=0.5)
+    oracle.save_pretrained(tmp_path)
+    ids = torch.arange(20)[None]
+    expected = full_forward(oracle, ids)
+    logits = MambaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(ids)
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_the_residual_is_kept_in_float32_if_the_config_says_so(tmp_path: Path) -> None:
+    """Forty bf16 layers: the sum over layers in float32 is closer to the truth than the sum in bf16."""
+    errors = {}
+    for wide in (True, False):
+        oracle = mamba(residual_in_fp32=wide, num_hidden_layers=40).bfloat16()
+        oracle.save_pretrained(tmp_path / str(wide))
+        ids = torch.arange(20)[None]
+        exact = MambaForCausalLM.from_pretrained(tmp_path / str(wide), dtype=torch.float64)(ids)
+        model = MambaForCausalLM.from_pretrained(tmp_path / str(wide), dtype=torch.bfloat16)
+        errors[wide] = float((model(ids) - exact).norm() / exact.norm())
+    assert errors[True] < errors[False], errors

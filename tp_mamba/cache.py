@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -114,27 +113,15 @@ class MambaCache:
         beside ``path`` and renames it, so a failure leaves an older file as it was.
 
         Raises:
-            ValueError: ``slot`` is not in use.
+            ValueError: ``slot`` is not in use, or ``path`` is a folder.
             OSError: the file cannot be written.
             RankFailedError: rank 0 could not write it.
         """
         self._check_used(slot)
         tensors = {name: self._gather(name, local) for name, local in self._local(slot).items()}
-        error: Exception | None = None
-        if self.tp.rank == 0:
-            target = Path(path)
-            partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-            try:
-                save_file(tensors, partial, metadata={"format": _FORMAT})
-                os.replace(partial, target)
-            except (OSError, SafetensorError) as failure:
-                # safetensors reports a full disk as its own error: it is one of the file system's all the same.
-                error = OSError(
-                    f"the state could not be written to {target}: {failure}; free some space or choose another path"
-                )
-                with suppress(FileNotFoundError):
-                    partial.unlink()
-        self.tp.agree(error)
+        with self.tp.agreed():
+            if self.tp.rank == 0:
+                _write(Path(path), tensors)
 
     def load(self, path: str | os.PathLike[str], slot: int) -> None:
         """Fill ``slot`` with this rank's part of a saved state; every rank calls this.
@@ -145,13 +132,8 @@ class MambaCache:
             RankFailedError: another rank could not read it.
         """
         self._check_used(slot)
-        error: Exception | None = None
-        pieces: dict[str, torch.Tensor] = {}
-        try:
+        with self.tp.agreed():  # nothing is changed anywhere unless every rank could read its part
             pieces = self._read(Path(path))
-        except ValueError as failure:
-            error = failure
-        self.tp.agree(error)  # nothing is changed anywhere unless every rank could read its part
         for name, local in self._local(slot).items():
             local.copy_(pieces[name])
 
@@ -187,7 +169,7 @@ class MambaCache:
         spans = split.spans(self.tp.rank, self.tp.size)
         view = file.get_slice(name)
         local = split.assemble([view[:, s.start : s.stop] for s in spans], self.tp.rank, self.tp.size)
-        if torch.promote_types(local.dtype, held.dtype) != held.dtype:
+        if not local.dtype.is_floating_point or torch.promote_types(local.dtype, held.dtype) != held.dtype:
             raise ValueError(
                 f"{path}: {name} is {local.dtype}, this cache keeps {held.dtype}, which would lose precision: make the "
                 "cache in the wider dtype"
@@ -199,3 +181,20 @@ class MambaCache:
             raise ValueError(
                 f"slot {slot} is not in use (slots in use: {sorted(self._used)}): pass one that allocate() returned"
             )
+
+
+def _write(target: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write beside ``target`` and rename, so that a failure leaves an older file as it was."""
+    if target.is_dir() or not target.name:
+        raise ValueError(f"the state cannot be saved as {str(target)!r}: give the name of a file")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, partial, metadata={"format": _FORMAT})
+        os.replace(partial, target)
+    except (OSError, SafetensorError) as failure:
+        # safetensors reports a full disk as its own error: it is one of the file system's all the same.
+        raise OSError(
+            f"the state could not be written to {target}: {failure}; free some space or choose another path"
+        ) from failure
+    finally:
+        partial.unlink(missing_ok=True)

@@ -42,8 +42,8 @@ class MambaMetadata:
     """Sequences, or pieces of one, that are taken in several tokens at a time."""
     num_prefill_tokens: int
     """The sum of their lengths."""
-    uses_slots: bool
-    """Whether any row has a slot, known without asking the device."""
+    max_slot: int
+    """The highest slot of any row, :data:`NULL_SLOT` if none has one; known without asking the device."""
     query_start_loc: torch.Tensor
     """``[S + 1]`` int32: row ``s`` holds tokens ``query_start_loc[s]`` up to ``query_start_loc[s + 1]``."""
     has_initial_states: torch.Tensor
@@ -151,7 +151,7 @@ class MambaMetadataBuilder:
             num_padded_decodes=padded,
             num_prefills=num_prefills,
             num_prefill_tokens=prefill_starts[-1],
-            uses_slots=any(slot != NULL_SLOT for slot in slots),
+            max_slot=max(slots, default=NULL_SLOT),
             query_start_loc=query_start_loc,
             has_initial_states=initial_states,
             state_indices=state_indices,
@@ -175,9 +175,14 @@ def _check(
             f"{len(has_initial_states)} has_initial_states: give one of each a prefill"
         )
     for i, length in enumerate(prefill_lengths):
-        if length < 0:
+        if length < 1:
             raise ValueError(
-                f"prefill {i} has length {length}: a length counts tokens and cannot be negative"
+                f"prefill {i} has length {length}: a prefill takes in at least one token, leave it out"
+            )
+    for i, (slot, initial) in enumerate(zip(prefill_slots, has_initial_states, strict=True)):
+        if initial and slot == NULL_SLOT:
+            raise ValueError(
+                f"prefill {i} continues a state but has no slot: give the slot that holds the state"
             )
     if num_padded_decodes < len(decode_slots):
         raise ValueError(

@@ -10,8 +10,8 @@ What is cut where, and what is communicated::
     parameter              held by a rank     forward              backward
     in_proj   [2D, H]      x and z rows       -                    all-reduce of dh
     conv1d    [D, 1, K]    rows               -                    -
-    x_proj    [R+2N, D]    columns            all-reduce, float32  all-reduce of d(dt, B, C)
-    dt_proj   [D, R]       rows               -                    -
+    x_proj    [R+2N, D]    columns            all-reduce, float32  all-reduce of dB and dC
+    dt_proj   [D, R]       rows               -                    all-reduce of d(dt)
     A, D      [D, N], [D]  rows               -                    -
     out_proj  [H, D]       columns            all-reduce           -
 
@@ -43,7 +43,7 @@ from tp_mamba.metadata import (
 )
 from tp_mamba.options import resolve_dtype
 from tp_mamba.sharding import Split, declare
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.tensor_parallel import TensorParallel, checked
 
 
 class MambaState(NamedTuple):
@@ -114,12 +114,13 @@ class MambaMixer(nn.Module):
         name = prefix or "MambaMixer"
         _check_sizes(name, H=hidden_size, D=intermediate_size, R=time_step_rank)
         _check_options(name, ssm_state_size, activation, is_lora_enabled, cache_config)
-        self.tp = tp = tp or TensorParallel()
+        self.tp = tp = checked(tp)
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.ssm_state_size, self.conv_kernel_size = ssm_state_size, conv_kernel_size
         self.time_step_rank, self.activation, self.prefix = time_step_rank, activation, prefix
         self.use_rms_norm = use_rms_norm
-        self.dtype = dtype or getattr(model_config, "dtype", None) or torch.get_default_dtype()
+        asked = dtype or getattr(model_config, "dtype", None) or torch.get_default_dtype()
+        self.dtype = resolve_dtype(asked, None, f"{name}: dtype")
         # exp and softplus amplify rounding: A, D, the dt bias and what feeds them are never held below float32.
         self.wide_dtype = torch.promote_types(self.dtype, torch.float32)
         self._state_dtype = (
@@ -233,7 +234,8 @@ class MambaMixer(nn.Module):
             The same shape and dtype, replicated.
 
         Raises:
-            ValueError: shapes or dtypes that do not fit, or slots named without ``state``.
+            ValueError: shapes or dtypes that do not fit, or slots named that ``state`` does not have.
+            RuntimeError: ``hidden_states`` requires a gradient in grad mode: the kernels have no backward.
         """
         shape = hidden_states.shape
         metadata = self._check_inputs(hidden_states, metadata, state)
@@ -288,7 +290,8 @@ class MambaMixer(nn.Module):
         if self.use_rms_norm:
             dt_TR = self.dt_layernorm(dt_TR, out_dtype=self.dtype)  # type: ignore[misc]
             B_TN, C_TN = self.b_layernorm(B_TN), self.c_layernorm(C_TN)  # type: ignore[misc]
-        return copy_to_tp(dt_TR.to(self.dtype), self.tp), copy_to_tp(B_TN, self.tp), copy_to_tp(C_TN, self.tp)
+        # dt needs no copy_to_tp here: dt_proj, being column-parallel, begins with one.
+        return dt_TR.to(self.dtype), copy_to_tp(B_TN, self.tp), copy_to_tp(C_TN, self.tp)
 
     def _scan(
         self,
@@ -364,6 +367,7 @@ class MambaMixer(nn.Module):
             )
         if metadata is None:
             B, L = (1, shape[0]) if hidden_states.dim() == 2 else (shape[0], shape[1])
+            B = B if L else 0  # sequences without tokens need no row
             metadata = MambaMetadataBuilder(hidden_states.device).build(
                 prefill_slots=[NULL_SLOT] * B, prefill_lengths=[L] * B, has_initial_states=[False] * B
             )
@@ -372,9 +376,14 @@ class MambaMixer(nn.Module):
                 f"{name}: the batch has {metadata.num_padded_decodes} decode rows but no state was passed: decoding "
                 "continues a state, so pass the layer's slots"
             )
-        elif state is None and metadata.uses_slots:
+        elif state is None and metadata.max_slot != NULL_SLOT:
             raise ValueError(
                 f"{name}: slots are named but no state was passed: pass the layer's slots, or NULL_SLOT"
+            )
+        if state is not None and metadata.max_slot >= state.ssm_state.shape[0]:
+            raise ValueError(
+                f"{name}: the batch names slot {metadata.max_slot} of a state with {state.ssm_state.shape[0]} slots: "
+                "pass slots that the cache's allocate() returned"
             )
         return metadata
 
@@ -402,8 +411,8 @@ class MambaMixer(nn.Module):
 
 def _check_sizes(name: str, **sizes: int) -> None:
     for letter, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: size {letter} is {size}, it must be positive")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: size {letter} is {size!r}, it must be a positive integer")
 
 
 def _check_options(

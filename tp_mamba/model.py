@@ -11,17 +11,19 @@ import torch
 from torch import nn
 
 from tp_mamba.cache import MambaCache
+from tp_mamba.checkpoint.dtype import checkpoint_dtype
 from tp_mamba.checkpoint.load import load_model
 from tp_mamba.checkpoint.location import resolve
 from tp_mamba.checkpoint.save import save_model
 from tp_mamba.checkpoint.source import open_source
 from tp_mamba.config import MambaConfig
-from tp_mamba.layers.init import skip_init
+from tp_mamba.layers.init import initialization_skipped, skip_init
 from tp_mamba.layers.norm import RMSNorm
 from tp_mamba.layers.vocab import ParallelLMHead, VocabParallelEmbedding
 from tp_mamba.metadata import NULL_SLOT, MambaMetadata, MambaMetadataBuilder
 from tp_mamba.mixer import MambaMixer, MambaState
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.options import resolve_dtype
+from tp_mamba.tensor_parallel import TensorParallel, checked
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -151,10 +153,13 @@ class MambaForCausalLM(nn.Module):
         self,
         config: MambaConfig,
         tp: TensorParallel | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         """A model with the initial values of mamba_ssm; the same seed gives the same model at every rank count.
+
+        That is: embeddings from N(0, 0.02), biases of the projections zero, and out_proj divided by the square root
+        of the number of layers, on top of what each layer and mixer draws.
 
         Args:
             config: a Mamba or FalconMamba configuration.
@@ -172,9 +177,11 @@ class MambaForCausalLM(nn.Module):
                 f"a whole {config.model_type} model cannot be built here, only Mamba and FalconMamba: take its Mamba "
                 "layers one by one with tp_mamba.model.build_mixer and tp_mamba.checkpoint.load.load_mixer"
             )
-        self.config, self.tp = config, tp or TensorParallel()
-        self.dtype = dtype or config.dtype or torch.get_default_dtype()
+        self.config, self.tp = config, checked(tp)
+        self.dtype = resolve_dtype(dtype or config.dtype or torch.get_default_dtype(), None, "dtype")
         self.device = torch.device(device if device is not None else self.tp.device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {str(self.device)!r} but torch finds no GPU: use device='cpu'")
         self.checkpoint_folder: Path | None = None
         self.backbone = MambaModel(config, tp=self.tp, dtype=self.dtype, device=self.device)
         self.lm_head = ParallelLMHead(
@@ -185,15 +192,27 @@ class MambaForCausalLM(nn.Module):
             dtype=self.dtype,
             device=self.device,
         )
+        self._scale_residual_branches()
         self.requires_grad_(False)
         self.eval()
+
+    @torch.no_grad()
+    def _scale_residual_branches(self) -> None:
+        """mamba_ssm's ``_init_weights``: every layer adds to one sum, so each starts ``1 / sqrt(layers)`` as large."""
+        if initialization_skipped() or self.device.type == "meta":
+            return
+        for mixer in self.mixers():
+            mixer.out_proj.weight.div_(len(self.backbone.layers) ** 0.5)
+            for projection in (mixer.in_proj, mixer.out_proj):
+                if projection.bias is not None:
+                    projection.bias.zero_()
 
     @classmethod
     def from_pretrained(
         cls,
         path_or_name: str | os.PathLike[str],
         tp: TensorParallel | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         *,
         progress: Callable[[str, int, int], None] | None = None,
@@ -213,20 +232,14 @@ class MambaForCausalLM(nn.Module):
             ValueError: the checkpoint is missing, incomplete, damaged, or not a Mamba-1 model.
             RankFailedError: another rank could not load its part.
         """
-        tp = tp or TensorParallel()
-        error: Exception | None = None
-        try:
+        tp = checked(tp)
+        with tp.agreed():
             folder = resolve(path_or_name)
             config = MambaConfig.from_pretrained(folder)
             if dtype is None and config.dtype is None:
-                source = open_source(folder, rank=tp.rank, size=tp.size)
-                name = next(name for name in source.names() if name.endswith(".mixer.in_proj.weight"))
-                dtype = source.dtype(name)
+                dtype = checkpoint_dtype(open_source(folder, rank=tp.rank, size=tp.size))
             with skip_init():
                 model = cls(config, tp, dtype, device)
-        except Exception as failure:  # whatever it was, the other ranks must hear of it
-            error = failure
-        tp.agree(error)
         load_model(model, folder, progress)
         model.checkpoint_folder = folder
         return model
@@ -264,6 +277,9 @@ class MambaForCausalLM(nn.Module):
         Raises:
             ValueError: not two-dimensional, empty, or ids outside the vocabulary.
         """
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+            found = input_ids.dtype if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            raise ValueError(f"got input_ids in {found}: token ids are a tensor of int64 or int32")
         if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(
                 f"got input_ids of shape {list(input_ids.shape)}, expected [B, L] with at least one token: "
@@ -304,8 +320,13 @@ class MambaForCausalLM(nn.Module):
             float32 ``[len(logits_indices) or T, V]``, whole and the same bits on every rank.
 
         Raises:
-            ValueError: ``input_ids`` is not ``[metadata.num_tokens]``.
+            ValueError: ``input_ids`` is not ``[metadata.num_tokens]``, or ``cache`` is another model's.
         """
+        if cache.conv_states.shape[0] != len(self.backbone.layers):
+            raise ValueError(
+                f"got a cache of {cache.conv_states.shape[0]} layers for a model of {len(self.backbone.layers)}: "
+                "make it with this model's new_cache()"
+            )
         if list(input_ids.shape) != [metadata.num_tokens]:
             raise ValueError(
                 f"got input_ids of shape {list(input_ids.shape)}, the metadata describes [{metadata.num_tokens}] "

@@ -32,17 +32,25 @@ class CacheConfig:
     """Whether such states are kept. Not available yet: leave False."""
 
 
-def resolve_dtype(value: torch.dtype | str, auto: torch.dtype, what: str) -> torch.dtype:
-    """A floating-point torch dtype from one, from its name (``"float32"``), or from ``"auto"``.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def resolve_dtype(value: torch.dtype | str, auto: torch.dtype | None, what: str) -> torch.dtype:
+    """A dtype that parameters and states can have, from itself, from its name, or from ``"auto"``.
+
+    Args:
+        auto: what ``"auto"`` stands for; None where that is no answer.
+        what: the argument's name, for the message.
 
     Raises:
-        ValueError: not the name of a floating-point dtype.
+        ValueError: not one of the four dtypes.
     """
-    if value == "auto":
+    if value == "auto" and auto is not None:
         return auto
-    dtype = value if isinstance(value, torch.dtype) else getattr(torch, value, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if dtype not in _DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise ValueError(
-            f'{what}={value!r} is not a floating-point dtype: use "auto", "float32", "bfloat16" or "float16"'
+            f"{what}={value!r} is not supported: use one of {names}" + (' or "auto"' if auto else "")
         )
     return dtype

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,12 @@ if TYPE_CHECKING:
 
 # One function, renamed in torch 2.13, where the older name warns.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def _destroy_process_group() -> None:
+    """End the default group, unless the program has done so."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class RankFailedError(RuntimeError):
@@ -44,8 +53,12 @@ class TensorParallel:
                 a group, and for no group the GPU if there is one.
 
         Raises:
-            ValueError: this process is not a member of ``group``.
+            ValueError: ``group`` is no process group, or this process is not a member of it.
         """
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise ValueError(
+                f"got {group!r} for a process group: pass a torch.distributed.ProcessGroup, or nothing for one rank"
+            )
         self.group = group
         self.size, self.rank = 1, 0
         if group is not None:
@@ -81,17 +94,29 @@ class TensorParallel:
         """All ranks that torchrun started; one rank where torchrun did not start this process.
 
         Initialises ``torch.distributed`` if that has not been done, with NCCL where every rank of this host
-        has a GPU of its own and gloo elsewhere, and makes ``LOCAL_RANK`` the current GPU.
+        has a GPU of its own and gloo elsewhere, and makes ``LOCAL_RANK`` the current GPU. What it initialises it
+        also ends, when the program does.
 
         Args:
-            backend: ``"nccl"`` or ``"gloo"``; by default chosen as above.
+            backend: ``"nccl"`` or ``"gloo"``; by default chosen as above, or what is initialised already.
             timeout: how long a collective may wait for a rank (torch's default if None).
 
         Raises:
-            ValueError: ``backend="nccl"`` with fewer GPUs than ranks on this host.
+            ValueError: another backend than the one that is initialised, or ``backend="nccl"`` with fewer GPUs than
+                ranks on this host.
         """
         if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
-            return cls()
+            if backend == "nccl" and not torch.cuda.is_available():
+                raise ValueError('backend="nccl" but torch finds no GPU: use backend="gloo", or leave it out')
+            return cls(device="cpu" if backend == "gloo" else None)
+        if dist.is_initialized():
+            initialized = str(dist.get_backend())
+            if backend not in (None, initialized):
+                raise ValueError(
+                    f"backend={backend!r} but torch.distributed is initialised with {initialized!r}: leave backend "
+                    "out, or do not initialise torch.distributed before"
+                )
+            backend = initialized
         gpus = torch.cuda.device_count()
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
@@ -110,6 +135,8 @@ class TensorParallel:
             # device_id would create the NCCL communicator at once; it is left out so that a process that
             # only reads a checkpoint never builds one.
             dist.init_process_group(backend, timeout=timeout)
+            # A gloo group that outlives the interpreter may abort the process on its way out.
+            atexit.register(_destroy_process_group)
         return cls(dist.group.WORLD, device=device)
 
     @classmethod
@@ -178,11 +205,6 @@ class TensorParallel:
         dist.broadcast_object_list(values, group=self._require_group(), group_src=0)
         return values[0]
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.size > 1:
-            dist.barrier(group=self._require_group())
-
     def agree(self, error: BaseException | None = None) -> None:
         """Let every rank know whether any of them failed, so that all stop together and none hangs.
 
@@ -199,3 +221,33 @@ class TensorParallel:
         for rank, failure in enumerate(failures):
             if failure is not None:
                 raise RankFailedError(f"rank {rank} of {self.size} failed: {failure}")
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Run the body, which must not communicate, on every rank, and stop every rank if it failed on one.
+
+        Raises:
+            BaseException: the body's own, on the ranks where it failed.
+            RankFailedError: on the others.
+        """
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as failure:  # an interrupt too must not leave the other ranks waiting
+            error = failure
+        self.agree(error)
+
+
+def checked(tp: TensorParallel | None) -> TensorParallel:
+    """``tp`` itself, one rank for None.
+
+    Raises:
+        ValueError: something else was passed, such as a number of ranks.
+    """
+    if tp is None:
+        return TensorParallel()
+    if not isinstance(tp, TensorParallel):
+        raise ValueError(
+            f"got tp={tp!r}: pass a TensorParallel, such as TensorParallel.from_env() under torchrun"
+        )
+    return tp

@@ -101,6 +101,31 @@ def test_from_mesh(ranks) -> None:
     assert ranks(2).run(_from_mesh) == [(0, 2, "gloo"), (1, 2, "gloo")]
 
 
+def _from_env(tp: TensorParallel) -> list[str]:
+    """``from_env`` in a process whose program has initialised torch.distributed itself."""
+    environment = {"RANK": str(tp.rank), "WORLD_SIZE": str(tp.size), "LOCAL_RANK": str(tp.rank)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        made = [repr(TensorParallel.from_env()), repr(TensorParallel.from_env("gloo"))]
+        with pytest.raises(
+            ValueError, match=r"backend='nccl' but torch.distributed is initialised with 'gloo'"
+        ):
+            TensorParallel.from_env("nccl")
+    return made
+
+
+def test_from_env_takes_the_group_that_exists(ranks) -> None:
+    for rank, made in enumerate(ranks(2).run(_from_env)):
+        assert made == [f"TensorParallel(rank={rank}, size=2, backend='gloo', device='cpu')"] * 2
+
+
+def test_from_env_refuses_nccl_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match='backend="nccl" but torch finds no GPU'):
+        TensorParallel.from_env("nccl")
+
+
 def test_one_rank_without_torchrun_and_virtual_ranks() -> None:
     tp = TensorParallel.from_env()
     assert (tp.rank, tp.size, tp.backend) == (0, 1, "none")

@@ -213,6 +213,7 @@ def test_the_same_seed_gives_the_same_model_at_every_rank_count(ranks) -> None:
             lambda tp: ColumnParallelLinear(0, 8, tp=tp),
             "input_size 0 and output_size 8 must both be positive",
         ),
+        (lambda tp: ColumnParallelLinear(4, 8, bias_in_float32=True, tp=tp), "set skip_bias_add=True"),
         (lambda tp: ColumnParallelLinear(4, 8, True, True, True, tp=tp), "do not go together"),
         (
             lambda tp: RowParallelLinear(8, 4, reduce_results=False, tp=tp),

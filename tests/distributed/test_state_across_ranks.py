@@ -65,3 +65,20 @@ def test_one_rank_failing_to_load_stops_them_all(ranks, tmp_path: Path) -> None:
     assert all(
         "RankFailedError: rank 1 of 3 failed: ValueError: the state file" in t for t in (told[0], told[2])
     )
+
+
+def _save_to_a_folder(tp: TensorParallel, folder: Path) -> str:
+    model = MambaForCausalLM.from_pretrained(folder, tp, dtype=torch.float32)
+    cache = model.new_cache(1)
+    try:
+        cache.save(folder, cache.allocate())
+    except (ValueError, RankFailedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "saved"
+
+
+def test_one_rank_failing_to_save_stops_them_all(ranks, tmp_path: Path) -> None:
+    save_case("falcon-mamba", tmp_path)
+    told = ranks(2).run(_save_to_a_folder, tmp_path, timeout=30)
+    assert told[0].startswith("ValueError: the state cannot be saved as")
+    assert told[1].startswith("RankFailedError: rank 0 of 2 failed: ValueError: the state cannot be saved as")

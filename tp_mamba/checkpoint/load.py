@@ -7,10 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from tp_mamba.checkpoint.agreement import agreed
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.matching import Entry, Matching, match, read_pieces, verify_tied
 from tp_mamba.checkpoint.names import canonical_name
@@ -36,7 +34,7 @@ def load_model(model: MambaForCausalLM, folder: str | Path, progress: Progress |
         CheckpointError: the checkpoint is damaged or is not this model's.
         RankFailedError: another rank failed.
     """
-    with agreed(model.tp):
+    with model.tp.agreed():
         load_rank(model, folder, progress)
 
 
@@ -61,7 +59,7 @@ def load_mixer(mixer: MambaMixer, folder: str | Path, prefix: str) -> None:
         CheckpointError: the checkpoint is damaged, has nothing under ``prefix``, or has another mixer there.
         RankFailedError: another rank failed.
     """
-    with agreed(mixer.tp):
+    with mixer.tp.agreed():
         load_mixer_rank(mixer, folder, prefix)
 
 
@@ -90,10 +88,9 @@ def _fill(
     total, done = _bytes_of(source, matching), 0
     for entry in matching:
         sharded = _sharded(entry)
-        # The dtypes of A, D and dt bias are never taken through the model's: float32 from here on.
-        wide = torch.promote_types(entry.param.dtype, torch.float32) if entry.split.float32 else None
+        # In the file's dtype until the parameter takes it: A, D and dt bias go to float32 directly.
         pieces = [
-            piece.to(device=entry.param.device, dtype=wide or piece.dtype)
+            piece.to(device=entry.param.device)
             for piece in read_pieces(source, entry.stored_name, entry.split, tp.rank, tp.size)
         ]
         sharded.load_local(entry.split.assemble(pieces, tp.rank, tp.size))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import nn
 
-from tp_mamba.checkpoint.agreement import agreed
 from tp_mamba.checkpoint.files import CONFIG, SAFETENSORS, copy_companions, write_json
 from tp_mamba.checkpoint.replace import replacing, writing
 from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
@@ -48,7 +47,7 @@ def save_model(
     files = plan_files(specs, max_shard_bytes)
     with ExitStack() as stack:
         new: Path | None = None
-        with agreed(tp):
+        with tp.agreed():
             if tp.rank == 0:
                 new = stack.enter_context(replacing(target))
                 write_description(new, model.config, model.dtype, files, specs, model.checkpoint_folder)
@@ -60,7 +59,7 @@ def save_model(
                 {t: specs[t] for t in tensors},
                 parameters,
             )
-        with agreed(tp):
+        with tp.agreed():
             stack.close()
 
 
@@ -118,7 +117,7 @@ def _write_file(
         if path is not None:
             try:
                 writer = stack.enter_context(SafetensorsWriter(path, specs))
-            except OSError as error:
+            except Exception as error:  # whatever it was, the others must not wait for this rank
                 failure = error
         for name in write_order(specs):
             full = _gather(parameters[name], specs[name][0])
@@ -126,9 +125,9 @@ def _write_file(
                 continue
             try:
                 writer.write(name, full.cpu())
-            except OSError as error:
+            except Exception as error:
                 failure = error
-        with agreed(model.tp), writing(target):
+        with model.tp.agreed(), writing(target):
             if failure is not None:
                 raise failure
             stack.close()

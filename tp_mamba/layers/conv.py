@@ -8,7 +8,7 @@ from torch import nn
 from tp_mamba.layers.init import initialize, uniform
 from tp_mamba.layers.linear import check_rank_count
 from tp_mamba.sharding import Split, declare
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.tensor_parallel import TensorParallel, checked
 
 
 class ColumnParallelConv1d(nn.Module):
@@ -40,7 +40,7 @@ class ColumnParallelConv1d(nn.Module):
             raise ValueError(
                 f"{name}: got a convolution width of {kernel_size}, the kernels serve widths 2, 3 and 4"
             )
-        self.tp = tp or TensorParallel()
+        self.tp = checked(tp)
         check_rank_count(channels, self.tp, name)
         self.channels, self.kernel_size = channels, kernel_size
         split = Split(shape=(channels, 1, kernel_size), dim=0)

@@ -25,6 +25,11 @@ def skip_init() -> Iterator[None]:
         _SKIP.reset(token)
 
 
+def initialization_skipped() -> bool:
+    """Whether :func:`skip_init` is in force."""
+    return _SKIP.get()
+
+
 def initialize(param: nn.Parameter, draw: Callable[[torch.Tensor], object]) -> None:
     """Fill ``param`` with its slice of the full tensor that ``draw`` fills in place (float32 or wider)."""
     if _SKIP.get() or param.is_meta:

@@ -19,13 +19,13 @@ from torch import nn
 from tp_mamba.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
 from tp_mamba.layers.init import initialize, uniform
 from tp_mamba.sharding import Split, declare, padded_size
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.tensor_parallel import TensorParallel, checked
 
 Output = torch.Tensor | tuple[torch.Tensor, nn.Parameter | None]
 
 
 def check_rank_count(size: int, tp: TensorParallel, what: str) -> None:
-    """Refuse more ranks than channels: some rank would hold padding alone.
+    """Refuse more ranks than channels, where ranks would work for nothing but padding.
 
     Raises:
         ValueError: ``tp.size > size``.
@@ -58,7 +58,7 @@ class ParallelLinear(nn.Module):
                 f"{prefix or type(self).__name__}: input_size {input_size} and output_size {output_size} "
                 "must both be positive"
             )
-        self.tp = tp or TensorParallel()
+        self.tp = checked(tp)
         self.input_size, self.output_size, self.prefix = input_size, output_size, prefix
         dtype = dtype or torch.get_default_dtype()
         n = self.tp.size
@@ -120,11 +120,16 @@ class ColumnParallelLinear(ParallelLinear):
         Raises:
             ValueError: a size below 1, more ranks than channels, or gather_output with skip_bias_add.
         """
-        tp = tp or TensorParallel()
+        tp = checked(tp)
         if gather_output and skip_bias_add and bias:
             raise ValueError(
                 f"{prefix or 'ColumnParallelLinear'}: gather_output and skip_bias_add do not go together, the output "
                 "would be whole and the bias a slice; set one of them"
+            )
+        if bias and bias_in_float32 and not skip_bias_add:
+            raise ValueError(
+                f"{prefix or 'ColumnParallelLinear'}: a float32 bias is for a kernel that adds it, the GEMM adds "
+                "one of its own dtype; set skip_bias_add=True"
             )
         check_rank_count(output_size // parts, tp, prefix or "the output")
         super().__init__(
@@ -240,7 +245,7 @@ class RowParallelLinear(ParallelLinear):
         Raises:
             ValueError: a size below 1, more ranks than channels, or a bias that would be added to partial sums.
         """
-        tp = tp or TensorParallel()
+        tp = checked(tp)
         if bias and not reduce_results and not skip_bias_add:
             raise ValueError(
                 f"{prefix or 'RowParallelLinear'}: with reduce_results=False the bias would be added once on every "

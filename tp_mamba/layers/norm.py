@@ -8,7 +8,7 @@ from torch import nn
 from tp_mamba.kernels.rms_norm import add_rms_norm, rms_norm
 from tp_mamba.layers.init import initialize
 from tp_mamba.sharding import Split, declare
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.tensor_parallel import TensorParallel, checked
 
 
 class RMSNorm(nn.Module):
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
             declare(
                 self.weight,
                 Split(shape=(hidden_size,)),
-                tp or TensorParallel(),
+                checked(tp),
                 name=f"{prefix}.weight".lstrip("."),
             )
             initialize(self.weight, lambda full: full.fill_(1.0))

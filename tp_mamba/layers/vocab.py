@@ -10,7 +10,7 @@ from tp_mamba.collectives import copy_to_tp, gather_from_tp, reduce_from_tp
 from tp_mamba.layers.init import initialize
 from tp_mamba.layers.linear import check_rank_count
 from tp_mamba.sharding import Split, declare
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.tensor_parallel import TensorParallel, checked
 
 
 def _vocab_weight(
@@ -53,7 +53,7 @@ class VocabParallelEmbedding(nn.Module):
             ValueError: more ranks than rows.
         """
         super().__init__()
-        self.tp = tp or TensorParallel()
+        self.tp = checked(tp)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.weight = _vocab_weight(num_embeddings, embedding_dim, self.tp, dtype, device, prefix)
 
@@ -97,7 +97,7 @@ class ParallelLMHead(nn.Module):
             ValueError: more ranks than rows.
         """
         super().__init__()
-        self.tp = tp or TensorParallel()
+        self.tp = checked(tp)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         if tie_to is None:
             self.weight = _vocab_weight(num_embeddings, embedding_dim, self.tp, dtype, device, prefix)
