@@ -153,6 +153,42 @@ def test_padding_ids_are_never_made() -> None:
     )
 
 
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_ids_above_the_tokenizers_are_never_made(temperature: float) -> None:
+    """Files pad the vocabulary with rows that no config mentions; a gap among the ids is no reason to stop at it."""
+    model = ToyModel()
+    model.head[32:] += 100.0 * model.head[:8].sign()
+    ids = {f"t{i}": i for i in range(32) if i % 4}  # 24 tokens, the last of them 31
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="t1"))
+    params = SamplingParams(max_new_tokens=50, temperature=temperature, repetition_penalty=1.5)
+    results = generate(model, prompts_of([2, 3]), params, tokenizer)
+    made = {token for result in results for token in result.token_ids}
+    assert max(made) < 32
+    assert any(token >= tokenizer.get_vocab_size() for token in made), "the gaps cost tokens at the end"
+    # The config's own limit holds beside the tokenizer's.
+    model.config.usable_vocab_size = 20
+    assert max(t for r in generate(model, prompts_of([2]), params, tokenizer) for t in r.token_ids) < 20
+
+
+def test_added_tokens_count_among_the_tokenizers() -> None:
+    model, tokenizer = (
+        ToyModel(),
+        Tokenizer(models.WordLevel({f"t{i}": i for i in range(32)}, unk_token="t1")),
+    )
+    model.head[32:] += 100.0 * model.head[:8].sign()
+    tokenizer.add_tokens(["<32>", "<33>", "<34>", "<35>"])
+    params = SamplingParams(max_new_tokens=50, temperature=2.0)
+    made = {t for result in generate(model, prompts_of([2, 3]), params, tokenizer) for t in result.token_ids}
+    assert 32 <= max(made) <= 35
+
+
+def test_a_tokenizer_without_tokens_is_refused() -> None:
+    model = ToyModel()
+    with pytest.raises(ValueError, match="the tokenizer has no tokens: load the one"):
+        stream(model, [[1]], tokenizer=Tokenizer(models.WordLevel({}, unk_token="?")))
+    assert not model.caches
+
+
 def test_ignoring_the_end_of_text_goes_on() -> None:
     model, prompts = ToyModel(eos=tuple(range(40))), prompts_of([4])
     assert generate(model, prompts, SamplingParams(max_new_tokens=5))[0].finish_reason == "eos"

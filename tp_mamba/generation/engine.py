@@ -47,14 +47,18 @@ class Engine:
         *,
         slots: int,
         max_prefill_tokens: int,
+        usable: int,
     ) -> None:
-        """Prepare to run ``sequences`` in this order, at most ``slots`` at a time, with the same ``params``."""
+        """Prepare to run ``sequences`` in this order, at most ``slots`` at a time, with the same ``params``.
+
+        Of the vocabulary, only ids below ``usable`` are ever made.
+        """
         self._model, self._params, self._max_prefill_tokens = model, params, max_prefill_tokens
         self._waiting = deque(sequences)
         self._running: list[ActiveSequence] = []
         self._cache = model.new_cache(slots)
         self._builder = MambaMetadataBuilder(model.device)
-        self._usable = model.config.usable_vocab_size or model.config.vocab_size
+        self._usable = usable
         # Which ids each slot's prompt and text hold, for the repetition penalty alone.
         self._seen = (
             torch.zeros(slots, model.config.vocab_size, dtype=torch.bool, device=model.device)

@@ -12,6 +12,7 @@ from tp_mamba.generation.detokenizer import special_token_ids
 from tp_mamba.generation.engine import Engine
 from tp_mamba.generation.params import SamplingParams, integer
 from tp_mamba.generation.sequence import ActiveSequence, FinishReason, TokenEvent
+from tp_mamba.generation.tokenizer import end_of_ids
 
 if TYPE_CHECKING:
     from tp_mamba.model import MambaForCausalLM
@@ -85,7 +86,8 @@ def stream(
         model: see :class:`tp_mamba.model.MambaForCausalLM`.
         prompts: token ids of each prompt, none empty.
         params: how to choose tokens and when to stop; by default greedy, 128 tokens.
-        tokenizer: turns tokens into text; without one events carry ids only.
+        tokenizer: turns tokens into text; without one events carry ids only. Ids above all of its own, which
+            pad the vocabulary of many files, are never made.
         max_batch_size: sequences, and so state slots, at a time; the others wait. All at once by default.
         max_prefill_tokens: prompt tokens of one forward pass; longer prompts are cut. Activations take memory
             in proportion to this, not to the prompts' lengths.
@@ -96,7 +98,7 @@ def stream(
 
     Raises:
         ValueError: no prompts, an empty prompt, ids that are no integers or outside the vocabulary, stop
-            strings without a tokenizer, or a limit that is no integer or below 1.
+            strings without a tokenizer, a tokenizer without tokens, or a limit that is no integer or below 1.
         RuntimeError: logits that are not finite.
     """
     params = params or SamplingParams()
@@ -112,7 +114,10 @@ def stream(
         if limit is not None and integer(name, limit) < 1:
             raise ValueError(f"{name}={limit} lets nothing run: it is at least 1")
     slots = min(len(prompts), int(max_batch_size or len(prompts)))
-    return _events(model, prompts, params, tokenizer, slots, int(max_prefill_tokens))
+    usable = model.config.usable_vocab_size or model.config.vocab_size
+    if tokenizer is not None:
+        usable = min(usable, end_of_ids(tokenizer))
+    return _events(model, prompts, params, tokenizer, slots, int(max_prefill_tokens), usable)
 
 
 def _events(
@@ -122,6 +127,7 @@ def _events(
     tokenizer: Tokenizer | None,
     slots: int,
     max_prefill_tokens: int,
+    usable: int,
 ) -> Iterator[TokenEvent]:
     """The generator behind :func:`stream`, whose ``finally`` runs however the consumer leaves it."""
     eos_ids = frozenset() if params.ignore_eos else frozenset(model.config.eos_token_ids)
@@ -130,7 +136,9 @@ def _events(
         ActiveSequence.new(i, prompt, params, eos_ids, tokenizer, special_ids)
         for i, prompt in enumerate(prompts)
     ]
-    engine = Engine(model, sequences, params, slots=slots, max_prefill_tokens=max_prefill_tokens)
+    engine = Engine(
+        model, sequences, params, slots=slots, max_prefill_tokens=max_prefill_tokens, usable=usable
+    )
     try:
         while engine.busy:
             yield from engine.step()

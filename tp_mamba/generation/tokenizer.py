@@ -45,6 +45,20 @@ def load_tokenizer(folder_or_name: str | os.PathLike[str]) -> Tokenizer:
         ) from failure
 
 
+def end_of_ids(tokenizer: Tokenizer) -> int:
+    """The lowest id above all of the tokenizer's: more than its number of tokens where there are gaps.
+
+    Goes through the whole vocabulary, so call it once.
+
+    Raises:
+        ValueError: it has no tokens.
+    """
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    if not ids:
+        raise ValueError("the tokenizer has no tokens: load the one that belongs to this checkpoint")
+    return max(ids) + 1
+
+
 def _download(name: str) -> Path:
     try:
         return Path(hf_hub_download(name, _FILE, etag_timeout=_HUB_TIMEOUT_S))
