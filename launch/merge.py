@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     parser.add_argument("shards", metavar="SHARDS", help="folder written by `tp-mamba shard`")
     parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the checkpoint that OUT holds, if any"
+    )
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -37,7 +40,7 @@ def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
 
     start = time.perf_counter()
     with progress_bar(not args.json) as progress:
-        merge_checkpoint(Path(args.shards), Path(args.out), progress)
+        merge_checkpoint(args.shards, args.out, progress, overwrite=args.overwrite)
     show_written(Path(args.out), time.perf_counter() - start, {}, as_json=args.json)
     return 0
 

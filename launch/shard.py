@@ -30,12 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tp", type=positive_int, required=True, metavar="N", help="number of files; no rank is started"
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the checkpoint that OUT holds, if any"
+    )
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Find the checkpoint; a model name is downloaded."""
+    """Find the checkpoint; a model name is downloaded, once it is sure that OUT may be written."""
     from tp_mamba.checkpoint.location import resolve
+    from tp_mamba.checkpoint.replace import refuse_taken
 
+    refuse_taken(args.out, args.checkpoint, overwrite=args.overwrite)
     args.checkpoint = str(resolve(args.checkpoint))
 
 
@@ -45,7 +50,7 @@ def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
 
     start = time.perf_counter()
     with progress_bar(not args.json) as progress:
-        shard_checkpoint(Path(args.checkpoint), Path(args.out), args.tp, progress)
+        shard_checkpoint(args.checkpoint, args.out, args.tp, progress, overwrite=args.overwrite)
     show_written(Path(args.out), time.perf_counter() - start, {"ranks": args.tp}, as_json=args.json)
     return 0
 

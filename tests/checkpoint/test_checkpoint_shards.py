@@ -127,9 +127,23 @@ def test_progress_ends_at_the_total(origin, tmp_path):
 
 @pytest.mark.parametrize("n", [0, -1, 31])
 def test_more_ranks_than_channels(n, origin, tmp_path):
-    with pytest.raises(CheckpointError, match=f"for {n} ranks: it has 30 channels, choose 1 to 30 ranks"):
+    message = f"for {n} ranks: it has 30 channels and 97 vocabulary rows, choose 1 to 30 ranks"
+    with pytest.raises(CheckpointError, match=message):
         shard_checkpoint(origin[0], tmp_path / "shards", n)
     assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("n", [8, 30, 2000])
+def test_more_ranks_than_vocabulary_rows(n, tmp_path):
+    config = odd_config(vocab_size=7)
+    folder = write_checkpoint(tmp_path / "origin", config, random_tensors(config))
+    message = f"for {n} ranks: it has 30 channels and 7 vocabulary rows, choose 1 to 7 ranks"
+    with pytest.raises(CheckpointError, match=message):
+        shard_checkpoint(folder, tmp_path / "shards", n)
+    with pytest.raises(ValueError, match="at most 7 ranks"):  # loading has the same limit
+        load_ranks(folder, 8)
+    shard_checkpoint(folder, tmp_path / "shards", 7)
+    load_ranks(tmp_path / "shards", 7)
 
 
 def test_as_many_ranks_as_channels(origin, tmp_path):
@@ -151,7 +165,10 @@ def test_full_disk_leaves_the_old_shards(origin, tmp_path, monkeypatch):
     shard_checkpoint(origin[0], shards, 2)
     before = {path.name: path.read_bytes() for path in shards.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for work in (lambda: shard_checkpoint(origin[0], shards, 3), lambda: merge_checkpoint(origin[0], shards)):
+    for work in (
+        lambda: shard_checkpoint(origin[0], shards, 3, overwrite=True),
+        lambda: merge_checkpoint(origin[0], shards, overwrite=True),
+    ):
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
         try:
             with pytest.raises(CheckpointWriteError, match=f"cannot write {shards} "):
@@ -160,6 +177,74 @@ def test_full_disk_leaves_the_old_shards(origin, tmp_path, monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["origin", "shards"]
+
+
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class TestTarget:
+    """No checkpoint is lost that the caller did not offer, and never the one being read."""
+
+    @pytest.fixture(params=["shard", "merge"])
+    def work(self, request):
+        def shard(folder, out, **options):
+            shard_checkpoint(folder, out, 2, **options)
+
+        return shard if request.param == "shard" else merge_checkpoint
+
+    @pytest.fixture
+    def other(self, tmp_path):
+        """A checkpoint of another model."""
+        config = odd_config(hidden_size=12)
+        return write_checkpoint(tmp_path / "other", config, random_tensors(config))
+
+    def refuse(self, message, work, *args, **options):
+        with pytest.raises(CheckpointError, match=message) as refusal:
+            work(*args, **options)
+        assert "\n" not in str(refusal.value)
+
+    def test_holds_a_checkpoint(self, work, origin, other, tmp_path):
+        before = content_of(other)
+        message = rf"{other} holds a checkpoint already: choose another folder, or pass --overwrite \(overwrite=True\)"
+        self.refuse(message, work, origin[0], other)
+        assert content_of(other) == before
+        self.refuse(message, work, "no/such-name", other)  # before anything is looked for
+        work(origin[0], other, overwrite=True)
+        models, _ = load_ranks(other, 2)
+        wide = {name: tensor.float() for name, tensor in origin[1].items()}
+        assert_same_bits(merged(models), wide)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["origin", "other"]
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    @pytest.mark.parametrize("made", ["full", "shards"])
+    def test_is_the_input(self, work, made, overwrite, origin, tmp_path, monkeypatch):
+        folder = origin[0]
+        if made == "shards":
+            folder = tmp_path / "shards"
+            shard_checkpoint(origin[0], folder, 4)
+        before = content_of(folder)
+        (tmp_path / "link").symlink_to(folder)
+        monkeypatch.chdir(tmp_path)
+        for out in (folder, f"{folder}/.", tmp_path / "link", folder.name):
+            self.refuse(f"{folder} is the checkpoint to be read", work, folder, out, overwrite=overwrite)
+        self.refuse("is the checkpoint to be read", work, tmp_path / "link", folder, overwrite=overwrite)
+        assert content_of(folder) == before
+
+    def test_is_what_the_name_stands_for(self, work, origin, monkeypatch):
+        monkeypatch.setattr("tp_mamba.checkpoint.shards.resolve", lambda name: origin[0])
+        self.refuse("is the checkpoint to be read", work, "hub/name", origin[0], overwrite=True)
+
+    def test_holds_the_input(self, work, origin, tmp_path):
+        outer = write_checkpoint(tmp_path / "outer", odd_config(), random_tensors(odd_config()))
+        inner = origin[0].rename(outer / "inner")
+        self.refuse("holds inner, which is not part of a checkpoint", work, inner, outer, overwrite=True)
+        assert (inner / "config.json").is_file()
+
+    def test_empty_folder_is_free(self, work, origin, tmp_path):
+        (tmp_path / "empty").mkdir()
+        work(origin[0], tmp_path / "empty")
+        assert MambaConfig.from_pretrained(tmp_path / "empty") == MambaConfig.from_pretrained(origin[0])
 
 
 class TestDamagedShards:

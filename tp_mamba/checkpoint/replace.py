@@ -35,6 +35,29 @@ def replacing(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def refuse_taken(folder: str | Path, origin: str | Path, *, overwrite: bool) -> None:
+    """Make sure that a checkpoint made from ``origin`` may be written to ``folder`` without losing another.
+
+    Raises:
+        CheckpointError: ``folder`` is ``origin``, holds something other than a checkpoint, or holds a checkpoint
+            and not ``overwrite``.
+        CheckpointWriteError: ``folder`` cannot be looked into.
+    """
+    target, source = Path(folder).expanduser().resolve(), Path(origin).expanduser()
+    with writing(target):
+        if not target.exists():
+            return
+        if source.exists() and target.samefile(source):
+            raise CheckpointError(
+                f"{target} is the checkpoint to be read, which is never written over: choose another folder to write"
+            )
+        _check_replaceable(target)
+        if not overwrite and any(target.iterdir()):
+            raise CheckpointError(
+                f"{target} holds a checkpoint already: choose another folder, or pass --overwrite (overwrite=True)"
+            )
+
+
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Turn the body's OSError into one sentence about ``folder``.

@@ -16,7 +16,7 @@ from tp_mamba.checkpoint.files import CONFIG, MANIFEST, copy_companions, write_j
 from tp_mamba.checkpoint.load import Progress
 from tp_mamba.checkpoint.location import resolve
 from tp_mamba.checkpoint.matching import Entry, Matching, match, read_pieces, verify_tied
-from tp_mamba.checkpoint.replace import replacing
+from tp_mamba.checkpoint.replace import refuse_taken, replacing
 from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
 from tp_mamba.checkpoint.save import plan_files, write_description
 from tp_mamba.checkpoint.sharded_source import local_shape, manifest, shard_file_name
@@ -28,24 +28,29 @@ from tp_mamba.tensor_parallel import TensorParallel
 
 
 def shard_checkpoint(
-    folder: str | Path, out: str | Path, tp_size: int, progress: Progress | None = None
+    folder: str | Path,
+    out: str | Path,
+    tp_size: int,
+    progress: Progress | None = None,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write the checkpoint ``folder`` (any supported layout, or a hub name) to ``out``, one file for each rank.
 
     Loading those files with ``tp_size`` ranks, each rank reads its own file and no other; any other number of
     ranks may load them too.
 
+    Args:
+        overwrite: whether ``out`` may hold a checkpoint, which the new one replaces when it is complete.
+
     Raises:
-        CheckpointError: the checkpoint is damaged, is not of its config.json, or has fewer channels than ranks.
+        CheckpointError: the checkpoint is damaged, is not of its config.json, or has fewer channels or vocabulary
+            rows than ranks; ``out`` is ``folder``, or holds something that may not be replaced.
         CheckpointWriteError: ``out`` cannot be written; what stood there stays.
     """
-    origin = resolve(folder)
+    origin = _resolve_beside(folder, out, overwrite=overwrite)
     config = MambaConfig.from_pretrained(origin)
-    if not 1 <= tp_size <= config.intermediate_size:
-        raise CheckpointError(
-            f"cannot cut {origin} for {tp_size} ranks: it has {config.intermediate_size} channels, choose 1 to "
-            f"{config.intermediate_size} ranks"
-        )
+    _check_rank_count(origin, config, tp_size)
     source, matching = _open(origin, config)
     entries = {entry.name: entry for entry in matching}
     dtypes = {name: source.dtype(entry.stored_name) for name, entry in entries.items()}
@@ -69,14 +74,20 @@ def shard_checkpoint(
                     report(nbytes(specs[name]))
 
 
-def merge_checkpoint(folder: str | Path, out: str | Path, progress: Progress | None = None) -> None:
+def merge_checkpoint(
+    folder: str | Path, out: str | Path, progress: Progress | None = None, *, overwrite: bool = False
+) -> None:
     """Write the checkpoint ``folder``, of per-rank files or of any other layout, to ``out`` in the -hf layout.
 
+    Args:
+        overwrite: whether ``out`` may hold a checkpoint, which the new one replaces when it is complete.
+
     Raises:
-        CheckpointError: the checkpoint is damaged or is not of its config.json.
+        CheckpointError: the checkpoint is damaged or is not of its config.json; ``out`` is ``folder``, or holds
+            something that may not be replaced.
         CheckpointWriteError: ``out`` cannot be written; what stood there stays.
     """
-    origin = resolve(folder)
+    origin = _resolve_beside(folder, out, overwrite=overwrite)
     config = MambaConfig.from_pretrained(origin)
     source, matching = _open(origin, config)
     entries = {entry.name: entry for entry in matching}
@@ -93,6 +104,24 @@ def merge_checkpoint(folder: str | Path, out: str | Path, progress: Progress | N
                 for name in write_order(wanted):
                     writer.write(name, source.read_all(entries[name].stored_name))
                     report(nbytes(specs[name]))
+
+
+def _resolve_beside(folder: str | Path, out: str | Path, *, overwrite: bool) -> Path:
+    """The folder to read, once it is sure that writing ``out`` destroys nothing."""
+    refuse_taken(out, folder, overwrite=overwrite)  # before a name is downloaded
+    origin = resolve(folder)
+    refuse_taken(out, origin, overwrite=overwrite)  # what the name stands for may be that very folder
+    return origin
+
+
+def _check_rank_count(origin: Path, config: MambaConfig, n: int) -> None:
+    """The limit of the layers themselves: more ranks could not load what was cut."""
+    channels, rows = config.intermediate_size, config.vocab_size
+    if not 1 <= n <= min(channels, rows):
+        raise CheckpointError(
+            f"cannot cut {origin} for {n} ranks: it has {channels} channels and {rows} vocabulary rows, choose 1 to "
+            f"{min(channels, rows)} ranks"
+        )
 
 
 def _open(folder: Path, config: MambaConfig) -> tuple[TensorSource, Matching]:
