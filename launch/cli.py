@@ -27,7 +27,7 @@ from tp_mamba.launch.environment import (
     resolve_rank_count,
     under_torchrun,
 )
-from tp_mamba.launch.failures import CONSEQUENCE_GRACE_S, StoppedError, record_failure
+from tp_mamba.launch.failures import CONSEQUENCE_GRACE_S, StoppedError, UsageError, record_failure
 
 if TYPE_CHECKING:
     from tp_mamba.tensor_parallel import TensorParallel
@@ -105,7 +105,7 @@ def execute(args: argparse.Namespace) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         _report(error, args)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     finally:
         leave_process_group(failed=failed)
 

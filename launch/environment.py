@@ -7,10 +7,15 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
+from tp_mamba.launch.failures import UsageError
+
 if TYPE_CHECKING:
     import torch
 
     from tp_mamba.tensor_parallel import TensorParallel
+
+BACKENDS: dict[str | None, str] = {"cpu": "gloo", "cuda": "nccl"}
+"""How ranks on a device communicate."""
 
 LEAVE_S = 10.0
 """How long a failed rank may take to leave its process group before it is ended without ceremony."""
@@ -32,12 +37,12 @@ def resolve_rank_count(asked: int | str | None, device: str | None) -> int:
     """How many ranks to run: ``--tp``, the GPUs of this host for ``auto``, or what torchrun has started.
 
     Raises:
-        ValueError: torchrun has started another number of ranks than ``--tp`` asks for.
+        UsageError: torchrun has started another number of ranks than ``--tp`` asks for.
     """
     if under_torchrun():
         world = int(os.environ["WORLD_SIZE"])
         if isinstance(asked, int) and asked != world:
-            raise ValueError(
+            raise UsageError(
                 f"--tp {asked} under torchrun with {world} ranks: leave --tp out, "
                 f"or start torchrun with {asked} ranks"
             )
@@ -49,19 +54,18 @@ def resolve_rank_count(asked: int | str | None, device: str | None) -> int:
     return asked if isinstance(asked, int) else 1
 
 
-def make_tensor_parallel(device: str | None, backend: str | None) -> TensorParallel:
-    """This process's :class:`TensorParallel`: torchrun's ranks if it started this process, else one rank.
+def check_device(device: str | None, backend: str | None) -> None:
+    """Refuse a device and a backend that do not go together, or that this host does not have.
 
     Raises:
-        ValueError: ``device="cuda"`` without a GPU, or a backend that cannot serve the device.
+        UsageError: the backend cannot serve the device.
+        ValueError: there is no GPU, and one is needed.
     """
     import torch
 
-    from tp_mamba.tensor_parallel import TensorParallel
-
-    wanted = {"cpu": "gloo", "cuda": "nccl", None: None}[device]
+    wanted = BACKENDS.get(device)
     if backend is not None and wanted is not None and backend != wanted:
-        raise ValueError(
+        raise UsageError(
             f"--device {device} with --backend {backend}: {device} ranks communicate through {wanted}"
         )
     if (device == "cuda" or backend == "nccl") and not torch.cuda.is_available():
@@ -69,7 +73,25 @@ def make_tensor_parallel(device: str | None, backend: str | None) -> TensorParal
         raise ValueError(
             f"{asked} on a host where torch finds no GPU: use --device cpu, or a torch built for this GPU"
         )
-    tp = TensorParallel.from_env(backend or wanted) if under_torchrun() else TensorParallel(device=device)
+
+
+def make_tensor_parallel(device: str | None, backend: str | None) -> TensorParallel:
+    """This process's :class:`TensorParallel`: torchrun's ranks if it started this process, else one rank.
+
+    Without a device given, gloo means a CPU, at one rank as at several.
+
+    Raises:
+        ValueError: as :func:`check_device`.
+    """
+    import torch
+
+    from tp_mamba.tensor_parallel import TensorParallel
+
+    check_device(device, backend)
+    if under_torchrun():
+        tp = TensorParallel.from_env(backend or BACKENDS.get(device))
+    else:
+        tp = TensorParallel(device=device or ("cpu" if backend == "gloo" else None))
     if tp.device.type == "cpu":
         # Ranks on one host would each take every core and fight over them.
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

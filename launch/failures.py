@@ -32,6 +32,10 @@ class RankFailure:
     """The rank only lost contact with one that had failed before."""
 
 
+class UsageError(ValueError):
+    """Arguments that do not go together; exit status 2, as for those that argparse refuses."""
+
+
 class LaunchError(RuntimeError):
     """A rank failed; the message is its error in one sentence."""
 

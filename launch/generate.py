@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tp_mamba.launch.arguments import DTYPES, add_checkpoint, add_device, positive_int, rank_count
 from tp_mamba.launch.cli import verb_main
 from tp_mamba.launch.console import facts, human_bytes, print_json, progress_bar, show
 from tp_mamba.launch.output import Output
+from tp_mamba.launch.prompts import check_prompt_arguments, read_prompts, share_prompts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,14 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         action="append",
+        default=[],
         metavar="TEXT",
-        help="text to continue; may be repeated; - reads standard input",
+        help="text to continue; may be repeated; - reads standard input (under torchrun, that of rank 0)",
     )
     parser.add_argument(
         "--prompt-file",
         action="append",
+        default=[],
         metavar="FILE",
-        help="a file whose whole text is one more prompt; may be repeated",
+        help="a file in UTF-8 whose whole text is one more prompt; may be repeated",
     )
     parser.add_argument(
         "--tokenizer",
@@ -93,11 +95,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Read the prompts and check the sampling parameters, before any rank starts."""
+    """Read the prompts and check the sampling parameters, before any rank starts.
+
+    Where torchrun has started the ranks already, the prompts are read in :func:`run`, by rank 0.
+    """
     from tp_mamba.checkpoint.location import resolve
     from tp_mamba.generation.params import SamplingParams
+    from tp_mamba.launch.environment import check_device, under_torchrun
 
-    args.prompts = _read_prompts(args.prompt or [], args.prompt_file or [])
+    check_device(args.device, args.backend)
+    check_prompt_arguments(args.prompt, args.prompt_file)
+    args.prompts = None if under_torchrun() else read_prompts(args.prompt, args.prompt_file)
     args.params = SamplingParams(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -114,18 +122,6 @@ def prepare(args: argparse.Namespace) -> None:
     args.checkpoint = str(resolve(args.checkpoint))
 
 
-def _read_prompts(texts: list[str], files: list[str]) -> list[str]:
-    prompts = [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in texts]
-    prompts += [Path(file).read_text().removesuffix("\n") for file in files]
-    if not prompts:
-        raise ValueError(
-            "no prompt was given: pass --prompt TEXT, --prompt-file FILE, or --prompt - for standard input"
-        )
-    if empty := [position for position, prompt in enumerate(prompts, 1) if not prompt]:
-        raise ValueError(f"prompt {empty[0]} of {len(prompts)} is empty: give it at least one character")
-    return prompts
-
-
 def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     """Load this rank's part of the model and generate; rank 0 prints."""
     from tp_mamba.generation.generate import stream
@@ -133,14 +129,15 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     from tp_mamba.launch.environment import torch_dtype
     from tp_mamba.model import MambaForCausalLM
 
+    prompts = args.prompts or share_prompts(args.prompt, args.prompt_file, tp)
     tokenizer = load_tokenizer(args.tokenizer or args.checkpoint)
-    prompt_ids = [tokenizer.encode(prompt).ids for prompt in args.prompts]
+    prompt_ids = [tokenizer.encode(prompt).ids for prompt in prompts]
     with progress_bar(tp.rank == 0) as progress:
         model = MambaForCausalLM.from_pretrained(
             args.checkpoint, tp=tp, dtype=torch_dtype(args.dtype), device=tp.device, progress=progress
         )
     speaks = tp.rank == 0 and not args.json
-    output = Output(args.prompts, speaks)
+    output = Output(prompts, speaks)
     output.follow(stream(model, prompt_ids, args.params, tokenizer))
     report = {**describe(model), "prompt_tokens": sum(map(len, prompt_ids)), **output.timing()}
     if speaks:

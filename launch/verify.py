@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tp_mamba.launch.arguments import add_checkpoint, add_device, positive_int, rank_counts
 from tp_mamba.launch.cli import verb_main
 from tp_mamba.launch.console import print_json, show, table
+from tp_mamba.launch.failures import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -64,16 +65,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def prepare(args: argparse.Namespace) -> None:
     """Choose sizes and reference; refuse what cannot be compared."""
     from tp_mamba.checkpoint.location import resolve
-    from tp_mamba.launch.environment import resolve_rank_count, under_torchrun
+    from tp_mamba.launch.environment import check_device, resolve_rank_count, under_torchrun
 
+    check_device(args.device, args.backend)
     if args.tokens is not None and args.prompt is not None:
-        raise ValueError("both --tokens and --prompt were given: choose random ids or a text")
+        raise UsageError("both --tokens and --prompt were given: choose random ids or a text")
+    if args.tokenizer is not None and args.prompt is None:
+        raise UsageError(
+            "--tokenizer was given without --prompt: random token ids need none, add --prompt TEXT or leave it out"
+        )
     if not (math.isfinite(args.tolerance) and args.tolerance >= 0):
-        raise ValueError(f"--tolerance is {args.tolerance}: it must be a finite number of at least 0")
+        raise UsageError(f"--tolerance is {args.tolerance}: it must be a finite number of at least 0")
     if under_torchrun():
         asked = args.tp[0] if args.tp and len(args.tp) == 1 else None
         if args.tp and asked is None:
-            raise ValueError(
+            raise UsageError(
                 f"--tp {','.join(map(str, args.tp))} under torchrun, which has started one number of ranks: "
                 "leave --tp out"
             )
@@ -218,7 +224,7 @@ def _logits_of(args: argparse.Namespace, size: int) -> torch.Tensor:
     from tp_mamba.launch.ranks import start_ranks
 
     if size == 1:
-        return our_logits(args, make_tensor_parallel(args.device, None))
+        return our_logits(args, make_tensor_parallel(args.device, args.backend))
     with tempfile.TemporaryDirectory(prefix="tp-mamba-") as folder:
         out = str(Path(folder) / "logits.pt")
         start_ranks(rank_logits, args, out, size=size, debug=args.debug)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tp_mamba.launch.prompts import share_prompts
 from tp_mamba.tensor_parallel import TensorParallel
 
 
@@ -44,7 +45,14 @@ def fail_while_others_wait(victim: int) -> None:
     """Rank ``victim`` raises before it has joined; the others wait for it in the rendezvous."""
     if int(os.environ["RANK"]) == victim:
         raise ValueError("no such checkpoint")
-    TensorParallel.from_env("gloo").barrier()
+    TensorParallel.from_env("gloo").all_gather_object(None)
+
+
+def share_from(folders: list[str], file: str) -> list[list[str]]:
+    """Every rank starts in a folder of its own, as on hosts with other disks; rank 0 tells what all have got."""
+    tp = TensorParallel.from_env("gloo")
+    os.chdir(folders[tp.rank])
+    return tp.all_gather_object(share_prompts(["of the command"], [file], tp))
 
 
 def all_raise(slow: int) -> None:
@@ -57,6 +65,6 @@ def all_raise(slow: int) -> None:
 
 def sleep_for_ever() -> None:
     """Wait to be ended."""
-    TensorParallel.from_env("gloo").barrier()
+    TensorParallel.from_env("gloo").all_gather_object(None)
     os.write(1, b"started\n")  # in one piece: print may write its newline apart, between those of other ranks
     time.sleep(600)

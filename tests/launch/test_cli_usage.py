@@ -11,10 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 from tp_mamba.launch import cli
 from tp_mamba.launch.arguments import rank_count, rank_counts
-from tp_mamba.launch.environment import resolve_rank_count
+from tp_mamba.launch.environment import make_tensor_parallel, resolve_rank_count
+from tp_mamba.launch.prompts import read_prompts
+from tp_mamba.tensor_parallel import TensorParallel
 
 USAGE = 2
 
@@ -105,20 +108,39 @@ def test_merge_of_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str],
 
 
 @pytest.mark.parametrize(
-    ("extra", "told"),
+    ("extra", "status", "told"),
     [
-        ([], "no prompt was given: pass --prompt TEXT, --prompt-file FILE, or --prompt - for standard input"),
-        (["--prompt", "a", "--prompt", ""], "prompt 2 of 2 is empty: give it at least one character"),
-        (["--prompt-file", "/no/such/file"], "No such file or directory: '/no/such/file'"),
-        (["--prompt", "a", "--top-p", "2"], "top_p=2.0"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0"),
-        (["--prompt", "a", "--device", "cpu", "--backend", "nccl"], "--device cpu with --backend nccl"),
+        (
+            [],
+            USAGE,
+            "no prompt was given: pass --prompt TEXT, --prompt-file FILE, or --prompt - for standard",
+        ),
+        (["--prompt", "-", "--prompt", "-"], USAGE, "--prompt - was given 2 times: standard input can be"),
+        (["--prompt", "a", "--prompt", ""], 1, "prompt 2 of 2 is empty: give it at least one character"),
+        (["--prompt", "a\udcff"], 1, r"--prompt 'a\udcff' is not UTF-8: convert the text to UTF-8"),
+        (
+            ["--prompt-file", "/no/such"],
+            1,
+            "--prompt-file /no/such cannot be read (No such file or directory)",
+        ),
+        (
+            ["--prompt-file", "/"],
+            1,
+            "--prompt-file / cannot be read (Is a directory): give a text file in UTF-8",
+        ),
+        (["--prompt", "a", "--top-p", "2"], 1, "top_p=2.0"),
+        (["--prompt", "a", "--temperature", "-1"], 1, "temperature=-1.0"),
+        (
+            ["--prompt", "a", "--device", "cpu", "--backend", "nccl"],
+            USAGE,
+            "--device cpu with --backend nccl",
+        ),
     ],
 )
 def test_what_generate_refuses(
-    extra: list[str], told: str, sample: Path, capsys: pytest.CaptureFixture[str]
+    extra: list[str], status: int, told: str, sample: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["generate", str(sample), *extra]) == 1
+    assert cli.main(["generate", str(sample), *extra]) == status
     assert told in error_line(capsys)
 
 
@@ -129,22 +151,60 @@ def test_what_generate_refuses(
             ["--tokens", "4", "--prompt", "a"],
             "both --tokens and --prompt were given: choose random ids or a text",
         ),
+        (["--tokenizer", "x"], "--tokenizer was given without --prompt: random token ids need none"),
         (["--tolerance", "nan"], "--tolerance is nan: it must be a finite number of at least 0"),
+        (["--tp", "1", "--device", "cpu", "--backend", "nccl"], "--device cpu with --backend nccl"),
     ],
 )
 def test_what_verify_refuses(
     extra: list[str], told: str, sample: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["verify", str(sample), *extra]) == 1
+    assert cli.main(["verify", str(sample), *extra]) == USAGE
     assert told in error_line(capsys)
 
 
-def test_empty_standard_input(
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\n", "prompt 1 of 1 is empty"),
+        (b"ab\xff", "--prompt -: standard input is not UTF-8 at byte 2 (0xff): convert the text to UTF-8"),
+    ],
+)
+def test_bad_standard_input(
+    content: bytes,
+    told: str,
+    sample: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="latin-1"))
+    assert cli.main(["generate", str(sample), "--prompt", "-"]) == 1
+    assert told in error_line(capsys)
+
+
+def test_closed_standard_input(
     sample: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    monkeypatch.setattr(sys, "stdin", None)
     assert cli.main(["generate", str(sample), "--prompt", "-"]) == 1
-    assert "prompt 1 of 1 is empty" in error_line(capsys)
+    assert "standard input is closed: give the text through a pipe" in error_line(capsys)
+
+
+def test_a_prompt_file_that_is_not_utf8(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("é".encode("latin-1"))
+    assert cli.main(["generate", str(sample), "--prompt-file", str(file)]) == 1
+    assert f"--prompt-file {file} is not UTF-8 at byte 0 (0xe9)" in error_line(capsys)
+
+
+def test_prompts_are_utf8_whatever_the_locale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("größer\r\nas\n".encode())
+    piped = io.TextIOWrapper(io.BytesIO("früh\n\n".encode()), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert read_prompts(["ä", "-"], [str(file)]) == ["ä", "früh\n", "größer\nas"]
 
 
 def test_debug_shows_the_stack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +222,12 @@ def test_tp_under_torchrun_must_be_the_world_size(monkeypatch: pytest.MonkeyPatc
     assert resolve_rank_count(4, None) == 4
     with pytest.raises(ValueError, match=r"^--tp 2 under torchrun with 4 ranks: leave --tp out, or start"):
         resolve_rank_count(2, None)
+
+
+def test_gloo_means_a_cpu_at_one_rank_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TensorParallel, "_default_device", lambda _: torch.device("meta"))
+    assert make_tensor_parallel(None, "gloo").device.type == "cpu"
+    assert make_tensor_parallel(None, None).device.type == "meta"
 
 
 def test_rank_counts() -> None:

@@ -165,7 +165,8 @@ def test_two_gpus_from_the_command(sample: Path) -> None:
 
 def test_two_ranks_from_torchrun(sample: Path, expected: dict) -> None:
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = command(*torchrun, "-m", "tp_mamba.launch.generate", *arguments(sample, "--prompt", PROMPT)[1:])
+    argv = arguments(sample, "--prompt", "-")[1:]  # of the ranks' one standard input
+    done = command(*torchrun, "-m", "tp_mamba.launch.generate", *argv, input=PROMPT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.removesuffix("\n") == PROMPT + expected["text"]  # once: only rank 0 talks
     assert done.stderr.count("2 x cpu, backend gloo") == 1
