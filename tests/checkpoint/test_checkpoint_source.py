@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 
 import pytest
@@ -155,6 +156,56 @@ def test_pickle_with_code_is_not_executed(tmp_path, zipped):
         r"asks for \w+.mkdir to be called while loading: it was not loaded and nothing of it was executed",
     )
     assert not marker.exists()
+
+
+@pytest.mark.filterwarnings("error")  # torch's, about the pickle protocol, would say nothing to a user
+@pytest.mark.parametrize("content", ["payload", "payload among tensors", "name told in memo"])
+@pytest.mark.parametrize("protocol", range(6))
+def test_bare_pickle_with_code_is_not_executed(tmp_path, protocol, content):
+    marker = tmp_path / "executed"
+    objects = {
+        "payload": Payload(marker),
+        "payload among tensors": {"a": torch.ones(2), "b": Payload(marker)},
+        "name told in memo": ["mkdir", "posix", "nt", "mkdir", Payload(marker)],
+    }
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(objects[content], protocol=protocol))
+    # A tensor that pickle wrote asks for torch.load itself.
+    called = r"torch\.storage\._load_from_bytes" if "tensors" in content else r"\w+\.mkdir"
+    refuse(
+        tmp_path, f"asks for {called} to be called while loading: .* nothing of it was executed; use a safe"
+    )
+    assert not marker.exists()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickle_protocols_of_torch_save(tmp_path, protocol, zipped):
+    """Whatever torch.load then says of the protocol, no code is called, and a whole file is not to be fetched again."""
+    path = tmp_path / "pytorch_model.bin"
+    marker = tmp_path / "executed"
+    options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+    torch.save({"a": torch.ones(2), "b": Payload(marker)}, path, **options)
+    refuse(tmp_path, r"asks for \w+\.mkdir to be called while loading")
+    assert not marker.exists()
+    tensors = {"a": torch.randn(3, 2), "b": torch.ones(4, dtype=torch.bfloat16)}
+    torch.save(tensors, path, **options)
+    if protocol == 3:
+        assert torch.equal(open_source(tmp_path).read_all("a"), tensors["a"])
+    else:
+        refuse(
+            tmp_path, f"{path} cannot be read as a file of torch.save: nothing of it was executed; use a safe"
+        )
+
+
+@pytest.mark.parametrize(
+    "content", [b"<!doctype html><title>Not found</title>", b"\x80\x04K\x01.", bytes(1000)]
+)
+def test_bin_that_torch_did_not_save(tmp_path, content):
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    refuse(
+        tmp_path, r"cannot be read as a file of torch\.save: nothing of it was executed; use a safetensors"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from tp_mamba.checkpoint.errors import CheckpointError
+from tp_mamba.checkpoint.pickle_globals import foreign_call
 from tp_mamba.checkpoint.tensor_source import TensorSource, merge_listings
+
+_BEGINNINGS: Final = (b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.")
+"""How files of torch.save begin: a zip file, and before 2020 a pickled magic number."""
 
 
 class BinSource(TensorSource):
@@ -52,16 +57,11 @@ class BinSource(TensorSource):
 
 def _open(path: Path) -> dict[str, torch.Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols that it then refuses
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises nearly any exception type on a damaged file
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise CheckpointError(
-                f"{path} asks for {code.group(1)} to be called while loading: it was not loaded and nothing of it "
-                "was executed; use a safetensors version of this checkpoint"
-            ) from error
-        raise CheckpointError(
-            f"{path} is not a whole file of torch.save: it is truncated or damaged, fetch it again"
-        ) from error
+        raise CheckpointError(f"{path} {_why_not_loaded(path)}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(
             f"{path} holds a {type(loaded).__name__}, expected a dictionary of named tensors"
@@ -73,3 +73,25 @@ def _open(path: Path) -> dict[str, torch.Tensor]:
                 f"{path} holds {name!r} of type {type(value).__name__}, expected nothing but named dense tensors"
             )
     return {name: value.detach() for name, value in loaded.items()}
+
+
+def _why_not_loaded(path: Path) -> str:
+    if name := foreign_call(path):
+        return (
+            f"asks for {name} to be called while loading: it was not loaded and nothing of it was executed; use a "
+            "safetensors version of this checkpoint"
+        )
+    if _breaks_off(path):
+        return "is not a whole file of torch.save: it is truncated or damaged, fetch it again"
+    return (
+        "cannot be read as a file of torch.save: nothing of it was executed; use a safetensors version of this "
+        "checkpoint, or save its state_dict with torch.save"
+    )
+
+
+def _breaks_off(path: Path) -> bool:
+    """Whether ``path``, which cannot be loaded, begins as torch.save begins and so must be damaged further on."""
+    with path.open("rb") as file:
+        head = file.read(max(map(len, _BEGINNINGS)))
+    begins = any(head.startswith(beginning) or beginning.startswith(head) for beginning in _BEGINNINGS)
+    return begins and not zipfile.is_zipfile(path)  # a zip file is found by its end: it is there
