@@ -30,7 +30,10 @@ def test_home_is_expanded(tmp_path, monkeypatch):
 
 def test_file_and_missing_folder(tmp_path):
     (tmp_path / "model.safetensors").touch()
-    refuse(tmp_path / "model.safetensors", "is a file: give the folder")
+    refuse(
+        tmp_path / "model.safetensors",
+        "is a file, and the folder that holds it is wanted: give a checkpoint folder",
+    )
     refuse(tmp_path / "nowhere", "does not exist: give a checkpoint folder")
     refuse("./nowhere/at/all", "does not exist: give a checkpoint folder")
 
@@ -96,7 +99,8 @@ def test_offline_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     refuse(
-        "owner/no-such-model", "owner/no-such-model is no folder here .* HF_HUB_OFFLINE is set: give a folder"
+        "owner/no-such-model",
+        "owner/no-such-model is no folder here .* HF_HUB_OFFLINE is set: unset it, or give a checkpoint folder",
     )
 
 
@@ -116,7 +120,7 @@ def test_network_failure_is_one_sentence(monkeypatch, tmp_path):
 def test_hub_that_never_answers_does_not_hang(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(location, "HUB_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(location, "_HUB_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         api = HfApi(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(location, "model_info", api.model_info)

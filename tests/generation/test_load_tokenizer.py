@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import constants
 from tokenizers import Tokenizer, models
 
-from tp_mamba.generation import tokenizer as module
+from tp_mamba.checkpoint import location
 from tp_mamba.generation.tokenizer import load_tokenizer
 
 REMEDY = r"pass --tokenizer EleutherAI/gpt-neox-20b .* or a folder with a tokenizer\.json"
@@ -36,48 +36,57 @@ def test_a_damaged_file_is_named(folder: Path) -> None:
         load_tokenizer(folder)
 
 
-def test_a_hub_name_downloads_one_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """A hub that answers with ``folder``; what it was asked for."""
     asked = []
 
-    def download(name: str, file: str, **_: object) -> str:
-        asked.append((name, file))
-        return str(folder / file)
+    def download(name: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append((name, allow_patterns))
+        return str(folder)
 
-    monkeypatch.setattr(module, "hf_hub_download", download)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(location, "model_info", lambda name, *, timeout: None)
+    monkeypatch.setattr(location, "snapshot_download", download)
+    return asked
+
+
+def test_a_hub_name_downloads_one_file(hub: list) -> None:
     assert load_tokenizer("EleutherAI/gpt-neox-20b").get_vocab_size() == 3
-    assert asked == [("EleutherAI/gpt-neox-20b", "tokenizer.json")]
+    assert hub == [("EleutherAI/gpt-neox-20b", ["tokenizer.json"])]
 
 
-class RefusedError(HfHubHTTPError):
-    def __init__(self) -> None:
-        Exception.__init__(self, "401 Client Error\nRepository Not Found")
+def test_a_repository_without_one_says_what_to_pass(hub: list, folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=f"^owner/name holds no tokenizer.json: {REMEDY}$"):
+        load_tokenizer("owner/name")
 
 
-class MissingError(EntryNotFoundError):
-    def __init__(self) -> None:
-        Exception.__init__(self, "404")
-
-
-@pytest.mark.parametrize(
-    ("failure", "reason"),
-    [
-        (LocalEntryNotFoundError("offline"), "is not a folder here, and the hub cannot be reached"),
-        (MissingError(), "holds no tokenizer.json on the hub"),
-        (RefusedError(), r"is not a model that the hub gives out \(401 Client Error\)"),
-    ],
-)
-def test_what_the_hub_answers_is_told_in_one_line(
-    failure: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+def test_an_earlier_download_serves_where_the_hub_does_not_answer(
+    hub: list, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def download(*_: object, **__: object) -> str:
-        raise failure
+    def fail(name: str, *, timeout: float) -> None:
+        raise ConnectionError("no route to host\nwith a second line")
 
-    monkeypatch.setattr(module, "hf_hub_download", download)
-    with pytest.raises(ValueError, match=f"^owner/name {reason}.*{REMEDY}$") as error:
+    monkeypatch.setattr(location, "model_info", fail)
+    assert load_tokenizer("owner/name").get_vocab_size() == 3
+    (folder / "tokenizer.json").rename(folder / "config.json")  # the earlier download was of another file
+    with pytest.raises(ValueError, match=rf"^owner/name .* \(no route to host\): .*{REMEDY}$") as error:
         load_tokenizer("owner/name")
     assert "\n" not in str(error.value)
 
 
-def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub() -> None:
-    with pytest.raises(ValueError, match="no/such/folder is neither a folder nor a model name"):
+def test_offline_says_so(hub: list, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_tokenizer("owner/name").get_vocab_size() == 3
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=f"^owner/name .* HF_HUB_OFFLINE is set: .*{REMEDY}$"):
+        load_tokenizer("owner/name")
+
+
+def test_a_path_that_is_no_folder_is_not_looked_for_on_the_hub(hub: list, folder: Path) -> None:
+    with pytest.raises(ValueError, match=f"^no/such/folder does not exist: {REMEDY}$"):
         load_tokenizer("no/such/folder")
+    with pytest.raises(ValueError, match=f"tokenizer.json is a file, and the folder .*: {REMEDY}$"):
+        load_tokenizer(folder / "tokenizer.json")
+    assert not hub

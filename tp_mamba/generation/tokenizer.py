@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
 from tokenizers import Tokenizer
 
+from tp_mamba.checkpoint.location import fetch
+
 _FILE = "tokenizer.json"
-_HUB_TIMEOUT_S = 10.0  # how long the hub may take to answer before it counts as unreachable
 _REMEDY = (
     f"pass --tokenizer EleutherAI/gpt-neox-20b (the one of state-spaces' models) or a folder with a {_FILE}"
 )
@@ -33,10 +26,9 @@ def load_tokenizer(folder_or_name: str | os.PathLike[str]) -> Tokenizer:
             checkpoints have none), the file is damaged, or the name is neither a folder nor a model that the
             hub gives out.
     """
-    folder = Path(folder_or_name).expanduser()
-    file = folder / _FILE if folder.is_dir() else _download(os.fspath(folder_or_name))
+    file = fetch(folder_or_name, (_FILE,), remedy=_REMEDY) / _FILE
     if not file.is_file():
-        raise ValueError(f"{folder} holds no {_FILE}: {_REMEDY}")
+        raise ValueError(f"{folder_or_name} holds no {_FILE}: {_REMEDY}")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as failure:  # the tokenizers library raises nothing narrower
@@ -57,17 +49,3 @@ def end_of_ids(tokenizer: Tokenizer) -> int:
     if not ids:
         raise ValueError("the tokenizer has no tokens: load the one that belongs to this checkpoint")
     return max(ids) + 1
-
-
-def _download(name: str) -> Path:
-    try:
-        return Path(hf_hub_download(name, _FILE, etag_timeout=_HUB_TIMEOUT_S))
-    except HFValidationError:
-        reason = "is neither a folder nor a model name of the form owner/name"
-    except LocalEntryNotFoundError:  # a kind of EntryNotFoundError, so it comes first
-        reason = "is not a folder here, and the hub cannot be reached to download its tokenizer"
-    except EntryNotFoundError:
-        reason = f"holds no {_FILE} on the hub"
-    except HfHubHTTPError as failure:
-        reason = f"is not a model that the hub gives out ({str(failure).splitlines()[0]})"
-    raise ValueError(f"{name} {reason}: {_REMEDY}")
