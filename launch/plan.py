@@ -14,6 +14,7 @@ from tp_mamba.launch.cli import verb_main
 from tp_mamba.launch.console import facts, human_bytes, print_json, show, table
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
 
     from tp_mamba.model import MambaForCausalLM
@@ -27,6 +28,8 @@ EXAMPLES = """\
   tp-mamba plan ./mamba-2.8b-hf --tp 8 --all          every layer, not one line for those that are alike
   tp-mamba plan ./falcon-mamba-7b --tp 2 --dtype bfloat16 --json
 """
+
+NOT_DECLARED = "not declared"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,6 +154,30 @@ def state_bytes(model: MambaForCausalLM) -> int:
     return total
 
 
+def planned_dtype(checkpoint: str, declared: torch.dtype | None) -> tuple[torch.dtype, str]:
+    """The dtype that loading would give the weights, and where it was found.
+
+    As loading does: what config.json declares, else what the files hold. Without weights nothing tells, and it
+    is float32.
+
+    Raises:
+        CheckpointError: the files are damaged or hold no Mamba layer's weights.
+    """
+    import torch
+
+    from tp_mamba.checkpoint.dtype import checkpoint_dtype
+    from tp_mamba.checkpoint.files import BIN_PATTERNS, SAFETENSORS_PATTERNS
+    from tp_mamba.checkpoint.location import resolve
+    from tp_mamba.checkpoint.source import open_source
+
+    if declared is not None:
+        return declared, "config.json"
+    folder = resolve(checkpoint, config_only=True)
+    if any(any(folder.glob(pattern)) for pattern in (*SAFETENSORS_PATTERNS, *BIN_PATTERNS)):
+        return checkpoint_dtype(open_source(folder)), "weights"
+    return torch.float32, NOT_DECLARED
+
+
 def make_plan(checkpoint: str, n: int, dtype: str | None) -> tuple[list[Row], dict[str, Any]]:
     """The rows and the totals of ``checkpoint`` over ``n`` ranks."""
     from tp_mamba.config import MambaConfig
@@ -159,13 +186,16 @@ def make_plan(checkpoint: str, n: int, dtype: str | None) -> tuple[list[Row], di
     from tp_mamba.tensor_parallel import TensorParallel
 
     config = MambaConfig.from_pretrained(checkpoint)
+    asked = torch_dtype(dtype)
+    weights_dtype, origin = (asked, "--dtype") if asked else planned_dtype(checkpoint, config.dtype)
     # Shapes are the same on every rank, padding included: rank 0 stands for all.
-    model = MambaForCausalLM(config, tp=TensorParallel.virtual(0, n), dtype=torch_dtype(dtype), device="meta")
+    model = MambaForCausalLM(config, tp=TensorParallel.virtual(0, n), dtype=weights_dtype, device="meta")
     rows = rows_of(model, n)
     return rows, {
         "checkpoint": checkpoint,
         "ranks": n,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype_from": origin,
         "parameters": sum(math.prod(row.full_shape) for row in rows),
         "bytes_per_rank": sum(row.local_bytes for row in rows),
         "padding_bytes": sum(row.padding_bytes for row in rows),
@@ -199,6 +229,12 @@ def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
     return 0
 
 
+def _dtype_line(totals: dict[str, Any]) -> str:
+    if totals["dtype_from"] == NOT_DECLARED:
+        return f"{totals['dtype']} ({NOT_DECLARED}, and no weights here to tell: pass --dtype for another)"
+    return f"{totals['dtype']} (from {totals['dtype_from']})"
+
+
 def _totals(totals: dict[str, Any]) -> Table:
     traffic: dict[str, int] = totals["communication_per_token"]
     sent = (
@@ -211,7 +247,8 @@ def _totals(totals: dict[str, Any]) -> Table:
     )
     return facts(
         [
-            ("parameters", f"{totals['parameters']:,} ({totals['dtype']})"),
+            ("parameters", f"{totals['parameters']:,}"),
+            ("dtype", _dtype_line(totals)),
             ("weights a rank", human_bytes(totals["bytes_per_rank"])),
             ("padding, all ranks", human_bytes(totals["padding_bytes"])),
             ("state a sequence, a rank", human_bytes(totals["state_bytes_per_sequence"])),

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tp_mamba.launch import cli
+from tp_mamba.model import MambaForCausalLM
 
 H, D, LAYERS, R, N, K, V = 2560, 5120, 64, 160, 16, 4, 50280
 CONFIG = {
@@ -71,6 +73,47 @@ def test_padding_and_dtype(published: Path, capsys: pytest.CaptureFixture[str]) 
     # x_proj's sums stay float32, out_proj's go in the model's dtype.
     assert plan["communication_per_token"]["all_reduce_bytes"] == 64 * (4 * 192 + 2 * 2560) + 2 * 2560
     assert plan["communication_per_token"]["all_gather_bytes"] == 2 * 50281
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A folder with the config.json of a small state-spaces checkpoint, which declares no dtype."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    fields = {"d_model": 16, "n_layer": 1, "vocab_size": 40, "ssm_cfg": {}, "rms_norm": True}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def test_an_undeclared_dtype_is_that_of_the_weights(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = {tensor["name"]: tensor["full_shape"] for tensor in plan_of(raw, capsys)["tensors"]}
+    tensors = {name: torch.randn(shape).half() for name, shape in shapes.items()}
+    torch.save(tensors, raw / "pytorch_model.bin")
+    plan = plan_of(raw, capsys)
+    assert (plan["dtype"], plan["dtype_from"]) == ("float16", "weights")
+    loaded = MambaForCausalLM.from_pretrained(raw, device="cpu")
+    assert loaded.dtype == torch.float16
+    assert plan["bytes_per_rank"] == sum(param.nbytes for param in loaded.parameters())
+    assert plan_of(raw, capsys, "--dtype", "bfloat16")["dtype_from"] == "--dtype"
+    assert cli.main(["plan", str(raw)]) == 0
+    assert "float16 (from weights)" in capsys.readouterr().out
+
+
+def test_an_undeclared_dtype_without_weights_is_marked(
+    raw: Path, published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(raw, capsys)
+    assert (plan["dtype"], plan["dtype_from"]) == ("float32", "not declared")
+    assert cli.main(["plan", str(raw)]) == 0
+    assert "float32 (not declared, and no weights here to tell: pass --dtype" in capsys.readouterr().out
+    assert plan_of(published, capsys)["dtype_from"] == "config.json"
+
+
+def test_damaged_weights_of_an_undeclared_dtype(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (raw / "pytorch_model.bin").write_bytes(b"PK")
+    assert cli.main(["plan", str(raw)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pytorch_model.bin" in line
 
 
 def test_one_rank_sends_nothing(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
