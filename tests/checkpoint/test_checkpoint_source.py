@@ -135,6 +135,16 @@ def test_truncated_bin(write, tmp_path, keep):
     refuse(tmp_path, f"{path} is not a whole file of torch.save")
 
 
+def test_zip_with_a_damaged_end(tmp_path):
+    """Not even zipfile.is_zipfile answers for such a file."""
+    write_bin(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    content = bytearray(path.read_bytes())
+    content[content.rindex(b"PK\x06\x07") + 16] = 9  # number of disks
+    path.write_bytes(content)
+    refuse(tmp_path, f"{path} is not a whole file of torch.save: it is truncated or damaged, fetch it again")
+
+
 class Payload:
     def __init__(self, marker):
         self.marker = marker

@@ -94,4 +94,7 @@ def _breaks_off(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(max(map(len, _BEGINNINGS)))
     begins = any(head.startswith(beginning) or beginning.startswith(head) for beginning in _BEGINNINGS)
-    return begins and not zipfile.is_zipfile(path)  # a zip file is found by its end: it is there
+    try:
+        return begins and not zipfile.is_zipfile(path)  # a zip file is known by its end: it is there
+    except zipfile.BadZipFile:
+        return begins

@@ -54,6 +54,7 @@ def _globals(stream: Any) -> Iterator[str]:
     """Each ``module.name`` that one pickle looks up."""
     texts: list[Any] = [None, None]  # STACK_GLOBAL takes the last two that were pushed
     memo: dict[int, Any] = {}
+    argument: Any
     for opcode, argument, _ in pickletools.genops(stream):
         match opcode.name:
             case "GLOBAL" | "INST":
