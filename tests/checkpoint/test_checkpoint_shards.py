@@ -257,15 +257,23 @@ class TestDamagedShards:
         with pytest.raises(CheckpointError, match=message) as refusal:
             open_source(shards)
         assert "\n" not in str(refusal.value)
+        assert str(refusal.value).endswith("again with tp-mamba shard")
+        assert "fetch" not in str(refusal.value)
 
     def test_missing_file(self, shards):
         (shards / "model-tp-00002-of-00002.safetensors").unlink()
-        self.refuse(shards, r"model-tp-00002-of-00002\.safetensors is missing: copy it here")
+        self.refuse(
+            shards,
+            r"model-tp-00002-of-00002\.safetensors is missing: copy it here, or make the shards again with tp-mamba",
+        )
 
     def test_truncated_file(self, shards):
         path = shards / "model-tp-00002-of-00002.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
-        self.refuse(shards, "is not a whole safetensors file")
+        self.refuse(
+            shards,
+            "is not a whole safetensors file .* truncated or damaged, make it again with tp-mamba shard",
+        )
 
     def test_file_without_a_tensor(self, shards):
         path = shards / "model-tp-00001-of-00002.safetensors"

@@ -105,6 +105,13 @@ def test_no_weights(tmp_path):
     refuse(tmp_path, "holds no weights: expected model.safetensors or pytorch_model.bin")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_lfs_pointer(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 134\n"
+    (tmp_path / name).write_text(pointer)
+    refuse(tmp_path, f"{tmp_path / name} is a git-lfs pointer, not the file: run git lfs pull in its folder")
+
+
 @pytest.mark.parametrize("keep", [0, 4, 40, -8])
 def test_truncated_safetensors(tmp_path, keep):
     write_safetensors(tmp_path)
@@ -185,6 +192,12 @@ def test_bare_pickle_with_code_is_not_executed(tmp_path, protocol, content):
         tmp_path, f"asks for {called} to be called while loading: .* nothing of it was executed; use a safe"
     )
     assert not marker.exists()
+
+
+def test_name_in_a_pickle_does_not_reach_the_terminal_raw(tmp_path):
+    content = pickle.dumps(["os\n\x1b[31m", "system"], protocol=4)[:-2] + b"\x93."  # STACK_GLOBAL
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    refuse(tmp_path, "asks for something to be called while loading")
 
 
 @pytest.mark.filterwarnings("error")

@@ -11,6 +11,7 @@ from typing import Final
 import torch
 
 from tp_mamba.checkpoint.errors import CheckpointError
+from tp_mamba.checkpoint.files import refuse_lfs_pointer
 from tp_mamba.checkpoint.pickle_globals import foreign_call
 from tp_mamba.checkpoint.tensor_source import TensorSource, merge_listings
 
@@ -32,7 +33,7 @@ class BinSource(TensorSource):
             weight_map: the index (tensor name to file), checked against the files.
 
         Raises:
-            CheckpointError: a file is damaged, holds something other than named tensors, or
+            CheckpointError: a file is damaged or a git-lfs pointer, holds something other than named tensors, or
                 :func:`merge_listings` finds a disagreement.
         """
         super().__init__()
@@ -56,6 +57,7 @@ class BinSource(TensorSource):
 
 
 def _open(path: Path) -> dict[str, torch.Tensor]:
+    refuse_lfs_pointer(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols that it then refuses

@@ -9,6 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
+from tp_mamba.checkpoint.errors import CheckpointError
+
 CONFIG: Final = "config.json"
 SAFETENSORS: Final = "model.safetensors"
 BIN: Final = "pytorch_model.bin"
@@ -36,12 +38,27 @@ COMPANIONS: Final = (
 )
 """Copied unchanged from a checkpoint to one made from it: the tokenizer and how to sample."""
 
+_LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
+
 
 def is_checkpoint_file(name: str) -> bool:
     """Whether a file of this name belongs to a checkpoint, so that a newer checkpoint may replace it."""
     return any(
         fnmatch(name, pattern) for pattern in (CONFIG, *SAFETENSORS_PATTERNS, *BIN_PATTERNS, *COMPANIONS)
     )
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Refuse the few lines that git leaves in place of a file that git-lfs has not fetched.
+
+    Raises:
+        CheckpointError: ``path`` is such a pointer.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(
+                f"{path} is a git-lfs pointer, not the file: run git lfs pull in its folder"
+            )
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,7 +35,7 @@ def foreign_call(path: Path) -> str | None:
         for _ in range(_MAX_PICKLES):
             for name in _globals(stream):
                 if not _builds_tensors(name):
-                    return name
+                    return name if re.fullmatch(r"[\w.<>]+", name) else "something"  # not our message's text
     return None
 
 
@@ -60,8 +61,7 @@ def _globals(stream: Any) -> Iterator[str]:
             case "GLOBAL" | "INST":
                 yield argument.replace(" ", ".")
             case "STACK_GLOBAL":
-                module, name = texts[-2:]
-                yield f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "something"
+                yield f"{texts[-2]}.{texts[-1]}"
             case "BINGET" | "LONG_BINGET" | "GET":
                 texts.append(memo.get(int(argument)))
             case "MEMOIZE":

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tp_mamba.checkpoint.errors import CheckpointError
+from tp_mamba.checkpoint.files import refuse_lfs_pointer
 from tp_mamba.checkpoint.tensor_source import TensorSource, merge_listings
 
 DTYPES: Final = {
@@ -32,17 +33,24 @@ DTYPES: Final = {
 class SafetensorsSource(TensorSource):
     """One safetensors file, or the several of an index; a slice is read without the rest of its tensor."""
 
-    def __init__(self, files: Sequence[Path], weight_map: dict[str, Path] | None = None) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        weight_map: dict[str, Path] | None = None,
+        *,
+        remedy: str = "fetch it again",
+    ) -> None:
         """Read the headers of ``files``.
 
         Args:
             weight_map: the index (tensor name to file), checked against the files.
+            remedy: what to advise for a damaged file.
 
         Raises:
-            CheckpointError: a file is damaged, or :func:`merge_listings` finds a disagreement.
+            CheckpointError: a file is damaged or a git-lfs pointer, or :func:`merge_listings` finds a disagreement.
         """
         super().__init__()
-        opened = {path: _open(path) for path in files}
+        opened = {path: _open(path, remedy) for path in files}
         self._holder = merge_listings(
             [(path, list(file.keys())) for path, file in opened.items()], weight_map
         )
@@ -71,10 +79,11 @@ class SafetensorsSource(TensorSource):
         return tensor
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, remedy: str) -> Any:
+    refuse_lfs_pointer(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}): it is truncated or damaged, fetch it again"
+            f"{path} is not a whole safetensors file ({error}): it is truncated or damaged, {remedy}"
         ) from error

@@ -21,6 +21,7 @@ from tp_mamba.sharding import Split
 
 FORMAT: Final = "tp_mamba_shards"
 VERSION: Final = 1
+_AGAIN: Final = "make the shards again with tp-mamba shard"
 
 
 def shard_file_name(rank: int, n: int) -> str:
@@ -85,7 +86,7 @@ class ShardedSource(TensorSource):
         if dim != split.dim and (start, stop) != (0, split.shape[dim]):
             raise CheckpointError(
                 f"{name} was cut along dimension {split.dim} and rows {start} to {stop} of dimension {dim} are asked "
-                "for: merge the files first"
+                "for: merge the files first, with tp-mamba merge"
             )
         first, last = (start, stop) if dim == split.dim else (0, split.shape[split.dim])
         pieces = [
@@ -113,17 +114,17 @@ class ShardedSource(TensorSource):
     def _open(self, owner: int) -> SafetensorsSource:
         path = self._folder / shard_file_name(owner, self._tp_size)
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing: copy it here, or make the shards again")
-        file = SafetensorsSource([path])
+            raise CheckpointError(f"{path} is missing: copy it here, or {_AGAIN}")
+        file = SafetensorsSource([path], remedy="make it again with tp-mamba shard")
         if file.names() != self.names():
             odd = sorted(set(file.names()) ^ set(self.names()))[0]
-            raise CheckpointError(f"{path} and {MANIFEST} do not agree on {odd}: make the shards again")
+            raise CheckpointError(f"{path} and {MANIFEST} do not agree on {odd}: {_AGAIN}")
         for name, split in self._splits.items():
             expected = local_shape(split, owner, self._tp_size)
             if file.shape(name) != expected or file.dtype(name) != self._dtypes[name]:
                 raise CheckpointError(
                     f"{name} in {path} is {list(file.shape(name))} {file.dtype(name)}, {MANIFEST} says "
-                    f"{list(expected)} {self._dtypes[name]}: make the shards again"
+                    f"{list(expected)} {self._dtypes[name]}: {_AGAIN}"
                 )
         return file
 
@@ -151,11 +152,9 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, Split], dict[str, torch.d
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): make the shards again") from None
+        raise CheckpointError(f"{path} is not JSON ({error}): {_AGAIN}") from None
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
-        raise CheckpointError(
-            f"{path} is not a {FORMAT} manifest of version {VERSION}: make the shards again"
-        )
+        raise CheckpointError(f"{path} is not a {FORMAT} manifest of version {VERSION}: {_AGAIN}")
     try:
         splits = {
             name: Split(shape=tuple(entry["shape"]), dim=entry["dim"], parts=entry["parts"])
@@ -167,7 +166,7 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, Split], dict[str, torch.d
     except (KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
-        raise CheckpointError(f"{path} is damaged: make the shards again")
+        raise CheckpointError(f"{path} is damaged: {_AGAIN}")
     return tp_size, splits, dtypes
 
 
