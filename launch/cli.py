@@ -28,6 +28,7 @@ from tp_mamba.launch.environment import (
     under_torchrun,
 )
 from tp_mamba.launch.failures import CONSEQUENCE_GRACE_S, StoppedError, UsageError, record_failure
+from tp_mamba.launch.interrupts import ending_at_once
 
 if TYPE_CHECKING:
     from tp_mamba.tensor_parallel import TensorParallel
@@ -112,15 +113,16 @@ def execute(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     verb = _load(args.verb)
-    verb.prepare(args)
-    if not verb.USES_RANKS:
-        return verb.run(args, None)
-    size = resolve_rank_count(args.tp, args.device)
-    if size > 1 and not under_torchrun():
+    with ending_at_once():
+        verb.prepare(args)
+        size = resolve_rank_count(args.tp, args.device) if verb.USES_RANKS else 1
+        starts_ranks = size > 1 and not under_torchrun()
+        import_module("tp_mamba.launch.ranks" if starts_ranks else "tp_mamba.model")
+    if starts_ranks:
         from tp_mamba.launch.ranks import start_ranks
 
         return int(start_ranks(run_rank, args, size=size, debug=args.debug))
-    return run_rank(args)
+    return run_rank(args) if verb.USES_RANKS else verb.run(args, None)
 
 
 def run_rank(args: argparse.Namespace) -> int:

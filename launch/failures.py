@@ -70,13 +70,10 @@ def sentence_of(error: BaseException, rank: int) -> str:
 def is_consequence(error: BaseException) -> bool:
     """True for what a rank meets when another one disappears: a broken connection, or word of its failure.
 
-    torch has types for NCCL's and the store's errors; gloo's arrive as a RuntimeError known by its text.
+    torch has types for NCCL's and the store's errors; gloo's arrive as a RuntimeError known by its text. Types
+    are known by name: whatever fails before torch is imported is told without waiting for that.
     """
-    from torch.distributed import DistError
-
-    from tp_mamba.tensor_parallel import RankFailedError
-
-    if isinstance(error, RankFailedError | DistError):
+    if {"RankFailedError", "DistError"} & {kind.__name__ for kind in type(error).__mro__}:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and (

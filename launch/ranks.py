@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from tp_mamba.launch import interrupts
 from tp_mamba.launch.environment import leave_process_group
 from tp_mamba.launch.failures import (
     CONSEQUENCE_GRACE_S,
@@ -63,7 +64,8 @@ def start_ranks(work: Callable[..., Any], *args: Any, size: int, debug: bool = F
         )
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return elastic_launch(config, _rank_main)(work, *args)[0]
+            with interrupts.kept_from_children():
+                return elastic_launch(config, _rank_main)(work, *args)[0]
         except ChildFailedError as error:
             raise _explain(error, Path(folder)) from None
         except SignalException as error:
@@ -74,8 +76,7 @@ def start_ranks(work: Callable[..., Any], *args: Any, size: int, debug: bool = F
 
 
 def _rank_main(work: Callable[..., Any], *args: Any) -> Any:
-    # A rank may sit in a collective, where Python handles no signal: let Ctrl-C end it there and then.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    interrupts.accept()
     rank, failed = int(os.environ["RANK"]), True
     try:
         result = work(*args)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import rank_jobs
+from process_groups import wait_until_empty
 
 from tp_mamba.launch.failures import LaunchError
 from tp_mamba.launch.ranks import start_ranks
@@ -91,16 +92,4 @@ def test_a_signal_ends_every_rank(signum: signal.Signals) -> None:
             raise
     assert parent.returncode == 100 + signum
     assert err == b""
-    deadline = time.monotonic() + 10
-    while group_exists(parent.pid):  # multiprocessing's own helper leaves a moment after its parent
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def group_exists(group: int) -> bool:
-    """Whether any process of the process group ``group`` is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    wait_until_empty(parent.pid)
