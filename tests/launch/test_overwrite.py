@@ -47,3 +47,13 @@ def test_shard_advises_a_rank_count_that_loads(
     command = ["shard", str(sample), str(tmp_path / "out"), "--tp", "2000"]
     refused(command, "choose 1 to 512 ranks", capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_merge_converts_what_its_help_says(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["merge", "--help"])
+    assert "any other checkpoint" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["merge", str(sample), str(tmp_path / "full")]) == 0
+    assert weight_files(tmp_path / "full") == ["model.safetensors"]
