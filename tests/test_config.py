@@ -1,5 +1,6 @@
 """MambaConfig: the published dialects, what is refused, and what is written back."""
 
+import dataclasses
 import json
 
 import pytest
@@ -156,9 +157,48 @@ def test_jamba_mixer():
 
 @pytest.mark.parametrize("rank", ["auto", None])
 def test_rank_auto_rounds_up(rank):
-    fields = {key: value for key, value in HF.items() if key != "time_step_rank"}
+    fields = without(HF, "time_step_rank", "d_model")
     fields |= {"hidden_size": 33, "intermediate_size": 66} | ({"time_step_rank": rank} if rank else {})
     assert MambaConfig.from_dict(fields).time_step_rank == 3
+
+
+def test_legacy_duplicates_that_agree():
+    legacy = {"d_model": 2560, "n_layer": 64, "d_inner": 5120}
+    config = MambaConfig.from_dict(HF | legacy)
+    assert config == MambaConfig.from_dict(without(HF, "d_model"))
+    shrunk = dataclasses.replace(
+        config, num_hidden_layers=2
+    ).to_dict()  # would contradict n_layer, if that were kept
+    assert MambaConfig.from_dict(shrunk).num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("family", ["Mamba", "FalconMamba", "Jamba"])
+@pytest.mark.parametrize("hidden_size", [40, 64])
+def test_defaults_are_those_of_transformers(family, hidden_size):
+    sizes = {"hidden_size": hidden_size, "num_hidden_layers": 2, "vocab_size": 97}
+    theirs = getattr(transformers, f"{family}Config")(**sizes)
+    ours = MambaConfig.from_dict(sizes | {"model_type": theirs.model_type})
+    same = {
+        name: name for name in (*sizes, "hidden_act", "tie_word_embeddings", "bos_token_id", "pad_token_id")
+    }
+    if family == "Jamba":
+        same |= {
+            "state_size": "mamba_d_state",
+            "conv_kernel": "mamba_d_conv",
+            "time_step_rank": "mamba_dt_rank",
+        }
+        same |= {"use_bias": "mamba_proj_bias", "use_conv_bias": "mamba_conv_bias"}
+        same |= {"layer_norm_epsilon": "rms_norm_eps", "mixer_rms_eps": "rms_norm_eps"}
+        assert ours.intermediate_size == theirs.mamba_expand * hidden_size
+    else:
+        names = ("intermediate_size", "state_size", "conv_kernel", "time_step_rank", "layer_norm_epsilon")
+        names += ("use_bias", "use_conv_bias", "residual_in_fp32")
+        same |= {name: name for name in names}
+    if family == "FalconMamba":
+        same["mixer_rms_eps"] = "mixer_rms_eps"
+    for name, their_name in same.items():
+        assert getattr(ours, name) == getattr(theirs, their_name), name
+    assert ours.eos_token_ids == (theirs.eos_token_id,)
 
 
 def test_eos_null_is_none():
@@ -177,43 +217,97 @@ def without(fields, *keys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (without(HF, "hidden_size"), "the field hidden_size is missing"),
-        (without(HF, "num_hidden_layers"), "the field num_hidden_layers is missing"),
-        (without(FALCON, "vocab_size"), "the field vocab_size is missing"),
-        (without(RAW, "n_layer"), "the field n_layer is missing"),
+        (without(HF, "hidden_size"), "the field hidden_size is missing and has no default: add it, or take"),
+        (
+            without(HF, "num_hidden_layers"),
+            "the field num_hidden_layers is missing and has no default: add it, or take",
+        ),
+        (
+            without(FALCON, "vocab_size"),
+            "the field vocab_size is missing and has no default: add it, or take",
+        ),
+        (without(RAW, "n_layer"), "the field n_layer is missing and has no default: add it, or take"),
         (without(RAW, "d_model"), "there is neither model_type nor d_model"),
-        (HF | {"hidden_size": "768"}, "hidden_size is '768', expected a value of type int"),
-        (HF | {"hidden_size": True}, "hidden_size is True, expected a value of type int"),
-        (HF | {"use_bias": 1}, "use_bias is 1, expected a value of type bool"),
-        (HF | {"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon is '1e-5', expected a value of type float"),
-        (HF | {"expand": float("inf")}, "expand is inf, expected a value of type float"),
-        (HF | {"eos_token_id": "end"}, "eos_token_id is 'end', expected a value of type int"),
-        (RAW | {"ssm_cfg": []}, "ssm_cfg is \\[\\], expected a value of type dict"),
+        (HF | {"hidden_size": "768"}, "hidden_size is '768', it must be a whole number: correct it"),
+        (HF | {"hidden_size": True}, "hidden_size is True, it must be a whole number: correct it"),
+        (HF | {"use_bias": 1}, "use_bias is 1, it must be true or false: correct it"),
+        (
+            HF | {"layer_norm_epsilon": "1e-5"},
+            "layer_norm_epsilon is '1e-5', it must be a finite number: correct it",
+        ),
+        (HF | {"expand": float("inf")}, "expand is inf, it must be a finite number: correct it"),
+        (HF | {"eos_token_id": "end"}, "eos_token_id is 'end', it must be a whole number: correct it"),
+        (RAW | {"ssm_cfg": []}, "ssm_cfg is \\[\\], it must be an object: correct it"),
         (HF | {"model_type": "mamba2"}, "model_type 'mamba2' is not a Mamba-1 model"),
         (HF | {"model_type": ["mamba"]}, "is not a Mamba-1 model"),
         (HF | {"model_type": "llama"}, "model_type 'llama' is not a Mamba-1 model"),
-        (RAW | {"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer is 'Mamba2': only Mamba-1"),
-        (RAW | {"ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg.layer is 'Mamba3': only Mamba-1"),
-        (HF | {"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer is 'Mamba2': only Mamba-1"),
+        (
+            RAW | {"ssm_cfg": {"layer": "Mamba2"}},
+            "ssm_cfg.layer is 'Mamba2', only 'Mamba1' is supported: give a checkpoint",
+        ),
+        (
+            RAW | {"ssm_cfg": {"layer": "Mamba3"}},
+            "ssm_cfg.layer is 'Mamba3', only 'Mamba1' is supported: give a checkpoint",
+        ),
+        (
+            HF | {"ssm_cfg": {"layer": "Mamba2"}},
+            "ssm_cfg.layer is 'Mamba2', only 'Mamba1' is supported: give a checkpoint",
+        ),
         (RAW | {"ssm_cfg": {"headdim": 64}}, "ssm_cfg has 'headdim'"),
         (
             RAW | {"attn_layer_idx": [3, 9]},
-            "attn_layer_idx is \\[3, 9\\]: attention layers are not supported",
+            "attn_layer_idx is \\[3, 9\\], and attention layers are not supported: give a checkpoint",
         ),
-        (RAW | {"d_intermediate": 4096}, "d_intermediate is 4096: MLP blocks are not supported"),
-        (RAW | {"rms_norm": False}, "rms_norm is false: LayerNorm"),
+        (
+            RAW | {"d_intermediate": 4096},
+            "d_intermediate is 4096, and MLP blocks are not supported: give a checkpoint",
+        ),
+        (RAW | {"rms_norm": False}, "rms_norm is false, and blocks with LayerNorm are not supported: give"),
         (RAW | {"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple is 0"),
         (HF | {"intermediate_size": 4096}, "intermediate_size is 4096 but expand \\* hidden_size is 5120"),
+        (
+            HF | {"d_model": 768},
+            "d_model is 768 but hidden_size is 2560, two names of one size: correct one of them",
+        ),
+        (
+            HF | {"n_layer": 24},
+            "n_layer is 24 but num_hidden_layers is 64, two names .*, or leave n_layer out",
+        ),
+        (HF | {"d_inner": 1536}, "d_inner is 1536 but intermediate_size is 5120, two names of one size"),
+        (
+            without(HF, "intermediate_size") | {"d_inner": 1},
+            "d_inner is 1 but intermediate_size is 5120, two",
+        ),
+        (FALCON | {"d_model": 2048}, "d_model is 2048 but hidden_size is 4096, two names of one size"),
+        (HF | {"d_model": "2560"}, "d_model is '2560', it must be a whole number"),
         (HF | {"time_step_rank": 0}, "time_step_rank is 0, it must be at least 1"),
         (HF | {"time_step_rank": "half"}, "time_step_rank is 'half'"),
-        (HF | {"hidden_act": "relu"}, "hidden_act is 'relu', supported are silu, swish"),
-        (HF | {"conv_kernel": 5}, "conv_kernel is 5, the kernels take widths 2 to 4"),
-        (HF | {"conv_kernel": 1}, "conv_kernel is 1, the kernels take widths 2 to 4"),
-        (HF | {"state_size": 300}, "state_size is 300, the kernels take 1 to 256"),
-        (HF | {"state_size": 0}, "state_size is 0, the kernels take 1 to 256"),
+        (
+            HF | {"hidden_act": "relu"},
+            "hidden_act is 'relu', supported are silu, swish: give a model that keeps to this, or correct",
+        ),
+        (
+            HF | {"conv_kernel": 5},
+            "conv_kernel is 5, the kernels take widths 2 to 4: give a model that keeps to this, or correct",
+        ),
+        (
+            HF | {"conv_kernel": 1},
+            "conv_kernel is 1, the kernels take widths 2 to 4: give a model that keeps to this, or correct",
+        ),
+        (
+            HF | {"state_size": 300},
+            "state_size is 300, the kernels take 1 to 256: give a model that keeps to this, or correct",
+        ),
+        (
+            HF | {"state_size": 0},
+            "state_size is 0, the kernels take 1 to 256: give a model that keeps to this, or correct",
+        ),
         (HF | {"vocab_size": -1}, "vocab_size is -1, it must be at least 1"),
         (HF | {"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon is -1e-05, it must be a finite number"),
-        (HF | {"torch_dtype": "int8"}, "dtype is 'int8', supported are float16, bfloat16, float32, float64"),
+        (
+            HF | {"torch_dtype": "int8"},
+            "dtype is 'int8', supported are float16, bfloat16, float32, float64: name the one",
+        ),
         (HF | {"usable_vocab_size": 50281}, "usable_vocab_size is 50281, it must be 1 to vocab_size"),
         (JAMBA | {"mamba_d_conv": 5}, "conv_kernel is 5"),
     ],
@@ -221,7 +315,10 @@ def without(fields, *keys):
 def test_refused(fields, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         MambaConfig.from_dict(fields)
-    assert "\n" not in str(refusal.value)
+    sentence = str(refusal.value)
+    assert "\n" not in sentence
+    _, _, remedy = sentence.partition(": ")
+    assert remedy.split(" ")[0].rstrip(",") in ("add", "correct", "give", "name"), sentence
 
 
 def test_file_errors_name_the_file(tmp_path):
@@ -235,7 +332,9 @@ def test_file_errors_name_the_file(tmp_path):
     with pytest.raises(ConfigError, match=f"{path} is not JSON"):
         MambaConfig.from_pretrained(tmp_path)
     path.write_text("[]")
-    with pytest.raises(ConfigError, match="holds a JSON list"):
+    with pytest.raises(
+        ConfigError, match="holds a JSON list, it must be an object of fields: fetch or write it again"
+    ):
         MambaConfig.from_pretrained(tmp_path)
     path.write_text(json.dumps(HF | {"conv_kernel": 5}))
     with pytest.raises(ConfigError, match=f"{path}: conv_kernel is 5"):

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 
 from tp_mamba.checkpoint.config_families import parse_config, render_config
+from tp_mamba.checkpoint.config_fields import CORRECT_IT
 from tp_mamba.checkpoint.errors import ConfigError
 from tp_mamba.checkpoint.location import resolve
 
 MODEL_TYPES = ("mamba", "falcon_mamba", "jamba")
 MIXER_NORMS = ("none", "weightless", "weighted")
 ACTIVATIONS = ("silu", "swish")
+
+USE_ANOTHER = "give a model that keeps to this, or correct its config.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,28 +104,46 @@ class MambaConfig:
             ("hidden_act", ACTIVATIONS),
         ):
             if (value := getattr(self, name)) not in allowed:
-                raise ConfigError(f"{name} is {value!r}, supported are {', '.join(allowed)}")
+                raise ConfigError(f"{name} is {value!r}, supported are {', '.join(allowed)}: {USE_ANOTHER}")
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "time_step_rank", "vocab_size"):
             if (size := getattr(self, name)) < 1:
-                raise ConfigError(f"{name} is {size}, it must be at least 1")
+                raise ConfigError(f"{name} is {size}, it must be at least 1: {CORRECT_IT}")
         if not 1 <= self.state_size <= 256:
-            raise ConfigError(f"state_size is {self.state_size}, the kernels take 1 to 256")
+            raise ConfigError(f"state_size is {self.state_size}, the kernels take 1 to 256: {USE_ANOTHER}")
         if not 2 <= self.conv_kernel <= 4:
-            raise ConfigError(f"conv_kernel is {self.conv_kernel}, the kernels take widths 2 to 4")
+            raise ConfigError(
+                f"conv_kernel is {self.conv_kernel}, the kernels take widths 2 to 4: {USE_ANOTHER}"
+            )
         for name in ("layer_norm_epsilon", "mixer_rms_eps"):
             if not (math.isfinite(eps := getattr(self, name)) and eps >= 0):
-                raise ConfigError(f"{name} is {eps}, it must be a finite number of at least 0")
+                raise ConfigError(f"{name} is {eps}, it must be a finite number of at least 0: {CORRECT_IT}")
         if self.usable_vocab_size is not None and not 1 <= self.usable_vocab_size <= self.vocab_size:
             raise ConfigError(
-                f"usable_vocab_size is {self.usable_vocab_size}, it must be 1 to vocab_size ({self.vocab_size})"
+                f"usable_vocab_size is {self.usable_vocab_size}, it must be 1 to vocab_size ({self.vocab_size}): "
+                f"{CORRECT_IT}"
             )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> MambaConfig:
         """The model described by the content of a ``config.json`` of any supported family.
 
-        Defaults of absent fields are those of the family's own reader: mamba_ssm for raw state-spaces files,
-        transformers for the others.
+        Required are the sizes H, layers and V: ``hidden_size``, ``num_hidden_layers`` and ``vocab_size`` (raw
+        state-spaces files: ``d_model``, ``n_layer``, ``vocab_size``). Absent fields of another kind have the
+        defaults of the family's own reader:
+
+        * raw, in ``ssm_cfg``, as mamba_ssm: ``d_state`` 16, ``d_conv`` 4, ``expand`` 2, ``dt_rank`` ``"auto"``
+          (``ceil(H / 16)``), ``bias`` false, ``conv_bias`` true; beside it ``residual_in_fp32``, ``rms_norm`` and
+          ``tie_embeddings`` true, ``pad_vocab_size_multiple`` 8. (mamba_ssm has no field for the epsilon, 1e-5.)
+        * mamba and falcon_mamba, as transformers: ``state_size`` 16, ``conv_kernel`` 4, ``expand`` 2,
+          ``intermediate_size`` ``expand * H``, ``time_step_rank`` ``"auto"``, ``layer_norm_epsilon`` 1e-5,
+          ``use_bias`` false, ``use_conv_bias``, ``residual_in_fp32`` and ``tie_word_embeddings`` true,
+          ``hidden_act`` silu, token ids 0; falcon_mamba ``mixer_rms_eps`` 1e-6.
+        * jamba, as transformers: ``mamba_d_state`` 16, ``mamba_d_conv`` 4, ``mamba_expand`` 2, ``mamba_dt_rank``
+          ``"auto"``, ``mamba_conv_bias`` true, ``mamba_proj_bias`` and ``tie_word_embeddings`` false,
+          ``rms_norm_eps`` 1e-6, ids of beginning, end and padding 1, 2 and 0.
+
+        An -hf file may repeat sizes under their raw names (``d_model``, ``n_layer``, ``d_inner``), and must then
+        repeat them rightly.
 
         Raises:
             ConfigError: a needed field is missing, has the wrong type, contradicts another, or asks for
@@ -146,7 +167,9 @@ class MambaConfig:
         except ValueError as error:
             raise ConfigError(f"{path} is not JSON ({error}): fetch or write it again") from None
         if not isinstance(fields, dict):
-            raise ConfigError(f"{path} holds a JSON {type(fields).__name__}, expected an object of fields")
+            raise ConfigError(
+                f"{path} holds a JSON {type(fields).__name__}, it must be an object of fields: fetch or write it again"
+            )
         try:
             return cls.from_dict(fields)
         except ConfigError as error:

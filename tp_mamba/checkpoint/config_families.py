@@ -9,12 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from tp_mamba.checkpoint.config_fields import get_dtype, get_field, get_rank, get_token_id, get_token_ids
+from tp_mamba.checkpoint.config_fields import (
+    CORRECT_IT,
+    get_dtype,
+    get_field,
+    get_rank,
+    get_token_id,
+    get_token_ids,
+)
 from tp_mamba.checkpoint.errors import ConfigError
 from tp_mamba.sharding import padded_size
 
 if TYPE_CHECKING:
     from tp_mamba.config import MambaConfig
+
+USE_MAMBA_1: Final = "give a checkpoint of a pure Mamba-1 model"
 
 # mamba_ssm's Mamba(): the arguments that shape the layer, and those that only seed an untrained one.
 _SSM_SHAPE_KEYS: Final = {"layer", "d_state", "d_conv", "expand", "dt_rank", "bias", "conv_bias"}
@@ -43,7 +52,14 @@ _COMMON_KEYS: Final = {
     "torch_dtype",
     "usable_vocab_size",
 }
+# Published -hf files repeat these sizes under the names of the raw dialect they were converted from.
+_LEGACY_DUPLICATES: Final = {
+    "d_model": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "d_inner": "intermediate_size",
+}
 _MAMBA_KEYS: Final = _COMMON_KEYS | {
+    *_LEGACY_DUPLICATES,
     "intermediate_size",
     "state_size",
     "conv_kernel",
@@ -82,12 +98,13 @@ def parse_config(fields: Mapping[str, Any]) -> dict[str, Any]:
         if "d_model" in fields:
             return _parse_raw(fields)
         raise ConfigError(
-            "there is neither model_type nor d_model: expected the config.json of a state-spaces Mamba, "
-            "Mamba -hf, FalconMamba or Jamba checkpoint"
+            "there is neither model_type nor d_model, so this is no model's: give the config.json of a state-spaces "
+            "Mamba, Mamba -hf, FalconMamba or Jamba checkpoint"
         )
     if model_type not in tuple(_ARCHITECTURES):
         raise ConfigError(
-            f"model_type {model_type!r} is not a Mamba-1 model: supported are mamba, falcon_mamba and jamba (its mixer)"
+            f"model_type {model_type!r} is not a Mamba-1 model: give a checkpoint of type mamba, falcon_mamba or jamba "
+            "(its mixer)"
         )
     _refuse_other_layers(get_field(fields, "ssm_cfg", dict, {}))
     return _parse_jamba(fields) if model_type == "jamba" else _parse_mamba(fields, model_type)
@@ -97,21 +114,20 @@ def _parse_raw(fields: Mapping[str, Any]) -> dict[str, Any]:
     ssm = get_field(fields, "ssm_cfg", dict, {})
     _refuse_other_layers(ssm)
     if unknown := sorted(set(ssm) - _SSM_SHAPE_KEYS - _SSM_INIT_KEYS):
-        raise ConfigError(
-            f"ssm_cfg has {unknown[0]!r}, which the Mamba-1 layer does not take: not a Mamba-1 model"
-        )
+        raise ConfigError(f"ssm_cfg has {unknown[0]!r}, which the Mamba-1 layer does not take: {USE_MAMBA_1}")
     for key, what in (("attn_layer_idx", "attention layers"), ("d_intermediate", "MLP blocks")):
         if fields.get(key):
-            raise ConfigError(
-                f"{key} is {fields[key]!r}: {what} are not supported, only pure Mamba-1 stacks are"
-            )
+            raise ConfigError(f"{key} is {fields[key]!r}, and {what} are not supported: {USE_MAMBA_1}")
     if not get_field(fields, "rms_norm", bool, True):
-        raise ConfigError("rms_norm is false: LayerNorm blocks are not supported, only RMSNorm ones are")
+        raise ConfigError(
+            "rms_norm is false, and blocks with LayerNorm are not supported: give a checkpoint trained with RMSNorm, "
+            "as all published Mamba-1 models are"
+        )
     hidden_size = get_field(fields, "d_model", int)
     usable = get_field(fields, "vocab_size", int)
     multiple = get_field(fields, "pad_vocab_size_multiple", int, 8)
     if multiple < 1:
-        raise ConfigError(f"pad_vocab_size_multiple is {multiple}, it must be at least 1")
+        raise ConfigError(f"pad_vocab_size_multiple is {multiple}, it must be at least 1: {CORRECT_IT}")
     return {
         "model_type": "mamba",
         "hidden_size": hidden_size,
@@ -163,6 +179,12 @@ def _parse_mamba(fields: Mapping[str, Any], model_type: str) -> dict[str, Any]:
         eos_token_ids=get_token_ids(fields, "eos_token_id", 0),
         pad_token_id=get_token_id(fields, "pad_token_id", 0),
     )
+    for legacy, name in _LEGACY_DUPLICATES.items():
+        if (repeated := get_field(fields, legacy, int, parsed[name])) != parsed[name]:
+            raise ConfigError(
+                f"{legacy} is {repeated} but {name} is {parsed[name]}, two names of one size: correct one of them, or "
+                f"leave {legacy} out"
+            )
     if falcon:
         parsed.update(mixer_norm="weightless", mixer_rms_eps=get_field(fields, "mixer_rms_eps", float, 1e-6))
     return parsed
@@ -255,4 +277,4 @@ def render_config(config: MambaConfig) -> dict[str, Any]:
 def _refuse_other_layers(ssm_cfg: Mapping[str, Any]) -> None:
     layer = ssm_cfg.get("layer", "Mamba1")
     if layer != "Mamba1":
-        raise ConfigError(f"ssm_cfg.layer is {layer!r}: only Mamba-1 models are supported")
+        raise ConfigError(f"ssm_cfg.layer is {layer!r}, only 'Mamba1' is supported: {USE_MAMBA_1}")

@@ -17,6 +17,16 @@ DTYPES: Final = {
     "float64": torch.float64,
 }
 
+CORRECT_IT: Final = "correct it, or take the config.json that belongs to the weights"
+
+_KINDS: Final = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a string",
+    dict: "an object",
+}
+
 _REQUIRED: Final = object()
 
 
@@ -25,14 +35,17 @@ def get_field(fields: Mapping[str, Any], key: str, kind: type, default: Any = _R
     value = fields.get(key)
     if value is None:
         if default is _REQUIRED:
-            raise ConfigError(f"the field {key} is missing: the model cannot be built without it")
+            raise ConfigError(
+                f"the field {key} is missing and has no default: add it, or take the config.json that "
+                "belongs to the weights"
+            )
         return default
     if kind is float:
         sound = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     else:
         sound = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not sound:
-        raise ConfigError(f"{key} is {value!r}, expected a value of type {kind.__name__}")
+        raise ConfigError(f"{key} is {value!r}, it must be {_KINDS[kind]}: {CORRECT_IT}")
     return value
 
 
@@ -62,5 +75,8 @@ def get_dtype(fields: Mapping[str, Any]) -> torch.dtype | None:
     if name in (None, "auto"):
         return None
     if not isinstance(name, str) or name.removeprefix("torch.") not in DTYPES:
-        raise ConfigError(f"dtype is {name!r}, supported are {', '.join(DTYPES)}")
+        raise ConfigError(
+            f"dtype is {name!r}, supported are {', '.join(DTYPES)}: name the one the weights are stored in, or convert "
+            "them to one of these"
+        )
     return DTYPES[name.removeprefix("torch.")]
