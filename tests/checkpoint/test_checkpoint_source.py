@@ -102,7 +102,7 @@ def refuse(folder, message):
 
 
 def test_no_weights(tmp_path):
-    refuse(tmp_path, "holds no weights: expected model.safetensors or pytorch_model.bin")
+    refuse(tmp_path, "holds no weights, neither model.safetensors nor pytorch_model.bin .*: give the folder")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
@@ -234,13 +234,19 @@ def test_bin_that_torch_did_not_save(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.ones(2)], "holds a list, expected a dictionary"),
+        (
+            [torch.ones(2)],
+            "holds a list, it must be a dictionary of named tensors: save the model's state_dict alone",
+        ),
         (
             {"state_dict": {"a": torch.ones(2)}},
-            "holds 'state_dict' of type dict, expected nothing but named dense",
+            "holds 'state_dict' of type dict, it must hold nothing but named dense tensors: save",
         ),
-        ({3: torch.ones(2)}, "holds 3 of type Tensor, expected nothing but named dense"),
-        ({"a": torch.eye(3).to_sparse()}, "holds 'a' of type Tensor, expected nothing but named dense"),
+        ({3: torch.ones(2)}, "holds 3 of type Tensor, it must hold nothing but named dense tensors: save"),
+        (
+            {"a": torch.eye(3).to_sparse()},
+            "holds 'a' of type Tensor, it must hold nothing but named dense tensors: save",
+        ),
     ],
 )
 def test_bin_of_something_else(tmp_path, content, message):

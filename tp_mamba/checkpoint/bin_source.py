@@ -18,6 +18,8 @@ from tp_mamba.checkpoint.tensor_source import TensorSource, merge_listings
 _BEGINNINGS: Final = (b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.")
 """How files of torch.save begin: a zip file, and before 2020 a pickled magic number."""
 
+_SAVE_AGAIN: Final = "save the model's state_dict alone"
+
 
 class BinSource(TensorSource):
     """One ``.bin`` file of torch.save, or the several of an index.
@@ -66,13 +68,14 @@ def _open(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} {_why_not_loaded(path)}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(
-            f"{path} holds a {type(loaded).__name__}, expected a dictionary of named tensors"
+            f"{path} holds a {type(loaded).__name__}, it must be a dictionary of named tensors: {_SAVE_AGAIN}"
         )
     for name, value in loaded.items():
         plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
         if not isinstance(name, str) or not plain:
             raise CheckpointError(
-                f"{path} holds {name!r} of type {type(value).__name__}, expected nothing but named dense tensors"
+                f"{path} holds {name!r} of type {type(value).__name__}, it must hold nothing but named dense "
+                f"tensors: {_SAVE_AGAIN}"
             )
     return {name: value.detach() for name, value in loaded.items()}
 

@@ -42,7 +42,8 @@ def open_source(folder: str | Path, *, rank: int = 0, size: int = 1) -> TensorSo
         if (folder / name).is_file():
             return kind([folder / name])
     raise CheckpointError(
-        f"{folder} holds no weights: expected {SAFETENSORS} or {BIN}, or the index of several"
+        f"{folder} holds no weights, neither {SAFETENSORS} nor {BIN} nor the index of several: give the folder of "
+        "a whole checkpoint, or copy them there"
     )
 
 
