@@ -227,19 +227,46 @@ class TestTarget:
         (tmp_path / "link").symlink_to(folder)
         monkeypatch.chdir(tmp_path)
         for out in (folder, f"{folder}/.", tmp_path / "link", folder.name):
-            self.refuse(f"{folder} is the checkpoint to be read", work, folder, out, overwrite=overwrite)
-        self.refuse("is the checkpoint to be read", work, tmp_path / "link", folder, overwrite=overwrite)
+            self.refuse(f"{folder} holds the checkpoint to be read", work, folder, out, overwrite=overwrite)
+        self.refuse("holds the checkpoint to be read", work, tmp_path / "link", folder, overwrite=overwrite)
         assert content_of(folder) == before
 
     def test_is_what_the_name_stands_for(self, work, origin, monkeypatch):
         monkeypatch.setattr("tp_mamba.checkpoint.shards.resolve", lambda name: origin[0])
-        self.refuse("is the checkpoint to be read", work, "hub/name", origin[0], overwrite=True)
+        self.refuse("holds the checkpoint to be read", work, "hub/name", origin[0], overwrite=True)
 
     def test_holds_the_input(self, work, origin, tmp_path):
         outer = write_checkpoint(tmp_path / "outer", odd_config(), random_tensors(odd_config()))
         inner = origin[0].rename(outer / "inner")
-        self.refuse("holds inner, which is not part of a checkpoint", work, inner, outer, overwrite=True)
+        self.refuse(f"{outer} holds the checkpoint to be read", work, inner, outer, overwrite=True)
         assert (inner / "config.json").is_file()
+
+    def test_holds_the_files_the_input_links_to(self, work, other, tmp_path):
+        (tmp_path / "links").mkdir()
+        for path in other.iterdir():
+            (tmp_path / "links" / path.name).symlink_to(path)
+        before = content_of(other)
+        self.refuse(
+            f"{other} holds the checkpoint to be read", work, tmp_path / "links", other, overwrite=True
+        )
+        assert content_of(other) == before
+
+    def test_is_the_input_of_links(self, work, origin, tmp_path):
+        """As a folder of the hub's cache is: every file lies elsewhere."""
+        links = tmp_path / "links"
+        links.mkdir()
+        for path in origin[0].iterdir():
+            (links / path.name).symlink_to(path)
+        self.refuse(f"{links} holds the checkpoint to be read", work, links, links, overwrite=True)
+
+    def test_lies_in_the_input(self, work, origin):
+        """Which is left alone, twice: the second time a folder stands in it."""
+        before = content_of(origin[0])
+        for overwrite in (False, True):
+            work(origin[0], origin[0] / "made", overwrite=overwrite)
+        models, _ = load_ranks(origin[0] / "made", 2)
+        assert_same_bits(merged(models), {name: tensor.float() for name, tensor in origin[1].items()})
+        assert {name: (origin[0] / name).read_bytes() for name in before} == before
 
     def test_empty_folder_is_free(self, work, origin, tmp_path):
         (tmp_path / "empty").mkdir()

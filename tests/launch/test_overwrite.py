@@ -31,8 +31,8 @@ def test_shard_and_merge_over_a_checkpoint(
     for command in (["shard", full, three, "--tp", "2"], ["merge", two, three], ["merge", three, full]):
         refused(command, held, capsys)
     for command in (["shard", two, two, "--tp", "3"], ["merge", two, two]):
-        refused(command, "is the checkpoint to be read", capsys)
-        refused([*command, "--overwrite"], "is the checkpoint to be read", capsys)
+        refused(command, "holds the checkpoint to be read", capsys)
+        refused([*command, "--overwrite"], "holds the checkpoint to be read", capsys)
     assert before == {folder: weight_files(Path(folder)) for folder in (two, three, full)}
     assert cli.main(["shard", full, three, "--tp", "2", "--overwrite"]) == 0
     assert weight_files(Path(three)) == weight_files(Path(two))

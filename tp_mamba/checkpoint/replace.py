@@ -39,17 +39,19 @@ def refuse_taken(folder: str | Path, origin: str | Path, *, overwrite: bool) -> 
     """Make sure that a checkpoint made from ``origin`` may be written to ``folder`` without losing another.
 
     Raises:
-        CheckpointError: ``folder`` is ``origin``, holds something other than a checkpoint, or holds a checkpoint
-            and not ``overwrite``.
+        CheckpointError: ``folder`` is or contains ``origin``, holds something other than a checkpoint, or holds a
+            checkpoint and not ``overwrite``.
         CheckpointWriteError: ``folder`` cannot be looked into.
     """
     target, source = Path(folder).expanduser().resolve(), Path(origin).expanduser()
     with writing(target):
         if not target.exists():
             return
-        if source.exists() and target.samefile(source):
+        # A folder of links, such as those of the hub's cache, lies where they point.
+        files = [item for item in source.iterdir() if item.is_file()] if source.is_dir() else []
+        if any(path.resolve().is_relative_to(target) for path in (source, *files)):
             raise CheckpointError(
-                f"{target} is the checkpoint to be read, which is never written over: choose another folder to write"
+                f"{target} holds the checkpoint to be read, which is never written over: choose another folder to write"
             )
         _check_replaceable(target)
         if not overwrite and any(target.iterdir()):
