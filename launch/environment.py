@@ -75,6 +75,19 @@ def check_device(device: str | None, backend: str | None) -> None:
         )
 
 
+def check_ranks(checkpoint: str, n: int) -> None:
+    """Refuse, before any rank starts, what ``n`` ranks would refuse when they build their model.
+
+    Raises:
+        ValueError: config.json is not that of a model this package runs, or there are too many ranks for it.
+    """
+    from tp_mamba.config import MambaConfig
+    from tp_mamba.model import MambaForCausalLM
+    from tp_mamba.tensor_parallel import TensorParallel
+
+    MambaForCausalLM(MambaConfig.from_pretrained(checkpoint), tp=TensorParallel.virtual(0, n), device="meta")
+
+
 def make_tensor_parallel(device: str | None, backend: str | None) -> TensorParallel:
     """This process's :class:`TensorParallel`: torchrun's ranks if it started this process, else one rank.
 

@@ -101,7 +101,7 @@ def prepare(args: argparse.Namespace) -> None:
     """
     from tp_mamba.checkpoint.location import resolve
     from tp_mamba.generation.params import SamplingParams
-    from tp_mamba.launch.environment import check_device, under_torchrun
+    from tp_mamba.launch.environment import check_device, check_ranks, resolve_rank_count, under_torchrun
 
     check_device(args.device, args.backend)
     check_prompt_arguments(args.prompt, args.prompt_file)
@@ -120,6 +120,7 @@ def prepare(args: argparse.Namespace) -> None:
     )
     # A model name is downloaded here, by one process.
     args.checkpoint = str(resolve(args.checkpoint))
+    check_ranks(args.checkpoint, resolve_rank_count(args.tp, args.device))
 
 
 def run(args: argparse.Namespace, tp: TensorParallel) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,6 @@ def _decode(content: bytes, source: str) -> str:
 def _checked(text: str) -> str:
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # Python turns stray bytes of a command line into lone surrogates
-        raise ValueError(f"--prompt {text!a} is not UTF-8: convert the text to UTF-8") from error
+    except UnicodeEncodeError:  # bytes of the command line that the locale does not know are lone surrogates
+        return _decode(os.fsencode(text), f"--prompt {text!a}")
     return text

@@ -15,6 +15,7 @@ from tp_mamba.launch.arguments import add_checkpoint, add_device, positive_int, 
 from tp_mamba.launch.cli import verb_main
 from tp_mamba.launch.console import print_json, show, table
 from tp_mamba.launch.failures import UsageError
+from tp_mamba.launch.prompts import read_prompts, share_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -58,14 +59,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=positive_int, metavar="N", help="length of the random input (default 64)"
     )
-    parser.add_argument("--prompt", metavar="TEXT", help="compare on this text instead of random token ids")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="compare on this text instead of random token ids; - reads standard input",
+    )
     parser.add_argument("--tokenizer", metavar="PATH_OR_NAME", help="where tokenizer.json is, for --prompt")
 
 
 def prepare(args: argparse.Namespace) -> None:
     """Choose sizes and reference; refuse what cannot be compared."""
     from tp_mamba.checkpoint.location import resolve
-    from tp_mamba.launch.environment import check_device, resolve_rank_count, under_torchrun
+    from tp_mamba.launch.environment import check_device, check_ranks, resolve_rank_count, under_torchrun
 
     check_device(args.device, args.backend)
     if args.tokens is not None and args.prompt is not None:
@@ -86,7 +91,10 @@ def prepare(args: argparse.Namespace) -> None:
         args.sizes = [resolve_rank_count(asked, args.device)]
     else:
         args.sizes = args.tp or [1, 2, 4]
+        if args.prompt is not None:
+            (args.prompt,) = read_prompts([args.prompt], [])
     args.checkpoint = str(resolve(args.checkpoint))
+    check_ranks(args.checkpoint, max(args.sizes))
     args.reference = _choose_reference(args.against, Path(args.checkpoint))
 
 
@@ -193,6 +201,8 @@ def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
 
     if under_torchrun():
         tp = make_tensor_parallel(args.device, args.backend)
+        if args.prompt is not None:
+            (args.prompt,) = share_prompts([args.prompt], [], tp)
         logits = our_logits(args, tp)
         verdicts = (
             [{"ranks": tp.size, **compare(logits, _reference(args), args.tolerance)}] if tp.rank == 0 else []

@@ -117,7 +117,7 @@ def test_merge_of_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str],
         ),
         (["--prompt", "-", "--prompt", "-"], USAGE, "--prompt - was given 2 times: standard input can be"),
         (["--prompt", "a", "--prompt", ""], 1, "prompt 2 of 2 is empty: give it at least one character"),
-        (["--prompt", "a\udcff"], 1, r"--prompt 'a\udcff' is not UTF-8: convert the text to UTF-8"),
+        (["--prompt", "a\udcff"], 1, r"--prompt 'a\udcff' is not UTF-8 at byte 1 (0xff): convert"),
         (
             ["--prompt-file", "/no/such"],
             1,
@@ -129,6 +129,7 @@ def test_merge_of_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str],
             "--prompt-file / cannot be read (Is a directory): give a text file in UTF-8",
         ),
         (["--prompt", "a", "--top-p", "2"], 1, "top_p=2.0"),
+        (["--prompt", "a", "--tp", "9999"], 1, "for 9999 tensor-parallel ranks: use at most 512 ranks"),
         (["--prompt", "a", "--temperature", "-1"], 1, "temperature=-1.0"),
         (
             ["--prompt", "a", "--device", "cpu", "--backend", "nccl"],
@@ -160,6 +161,25 @@ def test_what_verify_refuses(
     extra: list[str], told: str, sample: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["verify", str(sample), *extra]) == USAGE
+    assert told in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        (["--tp", "1,9999"], "for 9999 tensor-parallel ranks: use at most 512 ranks"),
+        (["--prompt", "-"], "prompt 1 of 1 is empty"),  # of standard input, which has nothing
+    ],
+)
+def test_what_verify_refuses_of_this_model(
+    extra: list[str],
+    told: str,
+    sample: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert cli.main(["verify", str(sample), *extra]) == 1
     assert told in error_line(capsys)
 
 
@@ -204,7 +224,8 @@ def test_prompts_are_utf8_whatever_the_locale(tmp_path: Path, monkeypatch: pytes
     file.write_bytes("größer\r\nas\n".encode())
     piped = io.TextIOWrapper(io.BytesIO("früh\n\n".encode()), encoding="latin-1")
     monkeypatch.setattr(sys, "stdin", piped)
-    assert read_prompts(["ä", "-"], [str(file)]) == ["ä", "früh\n", "größer\nas"]
+    as_ascii = "ä".encode().decode("ascii", "surrogateescape")  # as sys.argv has it in an ASCII locale
+    assert read_prompts(["ä", as_ascii, "-"], [str(file)]) == ["ä", "ä", "früh\n", "größer\nas"]
 
 
 def test_debug_shows_the_stack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
