@@ -27,6 +27,8 @@ class Output:
     pieces: list[list[str]] = field(init=False)
     token_ids: list[list[int]] = field(init=False)
     reasons: list[str | None] = field(init=False)
+    line_open: bool = field(init=False, default=False)
+    """Text was printed, and no end of line after it."""
 
     def __post_init__(self) -> None:
         self.pieces = [[] for _ in self.prompts]
@@ -34,24 +36,36 @@ class Output:
         self.reasons = [None] * len(self.prompts)
 
     def follow(self, events: Iterable[TokenEvent]) -> None:
-        """Take every event, in order."""
+        """Take every event, in order; an error on the way finds the line of text ended."""
         if self.speaks and len(self.prompts) == 1:
-            print(self.prompts[0], end="", flush=True)
-        for event in events:
-            self.last = time.perf_counter()
-            self.first = self.first or self.last
-            self.pieces[event.index].append(event.text or "")
-            self.token_ids[event.index].append(event.token_id)
-            self.reasons[event.index] = event.finish_reason
-            if self.speaks:
-                self._print(event)
+            self._write(self.prompts[0])
+        try:
+            for event in events:
+                self._take(event)
+        finally:
+            if self.line_open:
+                self._write("\n")
+
+    def _take(self, event: TokenEvent) -> None:
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        self.pieces[event.index].append(event.text or "")
+        self.token_ids[event.index].append(event.token_id)
+        self.reasons[event.index] = event.finish_reason
+        if self.speaks:
+            self._print(event)
 
     def _print(self, event: TokenEvent) -> None:
         if len(self.prompts) == 1:
-            print(event.text or "", end="\n" if event.finish_reason else "", flush=True)
+            self._write((event.text or "") + ("\n" if event.finish_reason else ""))
         elif event.finish_reason:
             text = self.prompts[event.index] + "".join(self.pieces[event.index])
-            print(f"[{event.index + 1}] {text}\n", flush=True)
+            self._write(f"[{event.index + 1}] {text}\n\n")
+
+    def _write(self, text: str) -> None:
+        if text:
+            self.line_open = not text.endswith("\n")
+        print(text, end="", flush=True)
 
     def results(self) -> list[dict[str, Any]]:
         """One entry a prompt, in the order given."""
