@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from tp_mamba.launch.arguments import add_common
 from tp_mamba.launch.environment import (
-    in_process_group,
     leave_process_group,
     make_tensor_parallel,
     resolve_rank_count,
@@ -29,6 +28,7 @@ from tp_mamba.launch.environment import (
 )
 from tp_mamba.launch.failures import CONSEQUENCE_GRACE_S, StoppedError, UsageError, record_failure
 from tp_mamba.launch.interrupts import ending_at_once
+from tp_mamba.launch.telling import is_teller
 
 if TYPE_CHECKING:
     from tp_mamba.tensor_parallel import TensorParallel
@@ -132,16 +132,14 @@ def run_rank(args: argparse.Namespace) -> int:
 
 def _report(error: Exception, args: argparse.Namespace) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    failure = record_failure(error, rank)
+    failure = record_failure(error, rank, debug=args.debug)
     if args.debug:
         print(getattr(error, "trace", "") or failure.trace, file=sys.stderr, end="")
-    # Of the ranks that torchrun started, rank 0 speaks, and whoever has an error of its own to tell. Before
-    # they have joined, all meet the same one, and rank 0 must not be ended before it has spoken.
-    echo = rank > 0 and (failure.consequence or not in_process_group())
-    if not echo:
-        where = f"rank {rank}: " if rank else ""
+    tells = is_teller(failure)
+    if tells:
+        where = f"rank {rank}: " if rank and not failure.consequence else ""
         print(f"tp-mamba {args.verb}: error: {where}{failure.sentence}", file=sys.stderr, flush=True)
-    if echo or failure.consequence:
+    if failure.consequence or not tells:
         time.sleep(CONSEQUENCE_GRACE_S)
 
 

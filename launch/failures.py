@@ -59,12 +59,34 @@ def exit_sentence(rank: int, status: object) -> str:
 
 
 def sentence_of(error: BaseException, rank: int) -> str:
-    """``error`` on one line; types that a person cannot place from the text alone are named."""
+    """``error`` on one line; types that a person cannot place from the text alone are named.
+
+    RuntimeError itself, unlike its subclasses, says nothing that its text does not.
+    """
     if isinstance(error, SystemExit):
         return exit_sentence(rank, error.code)
+    if lost_contact(error):
+        return (
+            f"rank {rank} lost contact with another rank, which ended before its work was done; "
+            "see that rank's error"
+        )
     text = " ".join(str(error).split())
-    plain = isinstance(error, ValueError | OSError | LaunchError) or type(error).__name__ == "RankFailedError"
+    plain = (
+        isinstance(error, ValueError | OSError | LaunchError)
+        or type(error) is RuntimeError
+        or type(error).__name__ == "RankFailedError"
+    )
     return text if plain and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def lost_contact(error: BaseException) -> bool:
+    """True for a connection that broke because the process at its other end is gone.
+
+    gloo has no type of its own, and NCCL's serves other faults as well: both are known by their text.
+    """
+    text = str(error)
+    broken = "Connection closed by peer" in text or "Connection reset by peer" in text
+    return isinstance(error, RuntimeError) and (broken or "ncclRemoteError" in text)
 
 
 def is_consequence(error: BaseException) -> bool:
@@ -75,14 +97,14 @@ def is_consequence(error: BaseException) -> bool:
     """
     if {"RankFailedError", "DistError"} & {kind.__name__ for kind in type(error).__mro__}:
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "gloo/transport" in text or "Connection closed by peer" in text
-    )
+    return lost_contact(error) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
-def record_failure(error: BaseException, rank: int) -> RankFailure:
-    """Describe ``error`` and, for a rank with an error file of the launcher's, write it beside that file."""
+def record_failure(error: BaseException, rank: int, *, debug: bool = False) -> RankFailure:
+    """Describe ``error`` and, for a rank with an error file of the launcher's, write it beside that file.
+
+    ``debug`` puts the stack trace into the file that torchrun shows in its own report.
+    """
     failure = RankFailure(
         rank=rank,
         error=type(error).__name__,
@@ -93,10 +115,14 @@ def record_failure(error: BaseException, rank: int) -> RankFailure:
     )
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         _write_atomically(Path(error_file).with_name(RECORD_NAME), json.dumps(asdict(failure)))
-        # torchrun shows this one in its report, in the format that torch.distributed.elastic reads.
-        extra = {"py_callstack": failure.trace, "timestamp": str(int(failure.timestamp))}
-        message = {"message": f"{failure.error}: {failure.sentence}", "extraInfo": extra}
-        _write_atomically(Path(error_file), json.dumps({"message": message}))
+        # torchrun shows this one in its report, in the format that torch.distributed.elastic reads; one of a
+        # consequence might come out as the root cause there.
+        if not failure.consequence:
+            extra = {"timestamp": str(int(failure.timestamp))}
+            if debug:
+                extra["py_callstack"] = failure.trace
+            message = {"message": failure.sentence, "extraInfo": extra}
+            _write_atomically(Path(error_file), json.dumps({"message": message}))
     return failure
 
 
