@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +20,16 @@ if TYPE_CHECKING:
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def _destroy_process_group() -> None:
-    """End the default group, unless the program has done so."""
+def _leave(tp: TensorParallel) -> None:
+    """End the group that ``from_env`` made, unless the program has done so.
+
+    A gloo thread that runs on while the interpreter is taken down may abort the process. The threads end with the
+    last reference to the group, which ``tp`` itself may be.
+    """
+    tp.group = None
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()
 
 
 class RankFailedError(RuntimeError):
@@ -135,8 +142,9 @@ class TensorParallel:
             # device_id would create the NCCL communicator at once; it is left out so that a process that
             # only reads a checkpoint never builds one.
             dist.init_process_group(backend, timeout=timeout)
-            # A gloo group that outlives the interpreter may abort the process on its way out.
-            atexit.register(_destroy_process_group)
+            tp = cls(dist.group.WORLD, device=device)
+            atexit.register(_leave, tp)
+            return tp
         return cls(dist.group.WORLD, device=device)
 
     @classmethod
