@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 RAW = argparse.RawDescriptionHelpFormatter  # leaves the examples' lines as they are
 VERBS = ("generate", "verify", "plan", "info", "shard", "merge")
+ONCE = frozenset({"plan", "info", "shard", "merge"})
+"""Verbs that compute nothing on ranks: of those that torchrun has started, rank 0 runs them alone."""
 
 DESCRIPTION = "Run a Mamba-1 checkpoint tensor-parallel, over the GPUs or CPU cores of one machine or many."
 
@@ -75,15 +77,14 @@ def main(argv: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name in VERBS:
         verb = _load(name)
-        _fill(verbs.add_parser(name, help=verb.HELP, formatter_class=RAW), verb)
+        _fill(verbs.add_parser(name, help=verb.HELP, formatter_class=RAW), name)
     return execute(parser.parse_args(argv))
 
 
 def verb_main(name: str, argv: list[str] | None = None) -> int:
     """``python -m tp_mamba.launch.<name>``, alone or under torchrun; returns the exit status."""
-    verb = _load(name)
     parser = argparse.ArgumentParser(prog=f"tp-mamba {name}", formatter_class=RAW)
-    _fill(parser, verb)
+    _fill(parser, name)
     parser.set_defaults(verb=name)
     return execute(parser.parse_args(argv))
 
@@ -112,6 +113,8 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.verb in ONCE and under_torchrun() and os.environ["RANK"] != "0":
+        return 0
     verb = _load(args.verb)
     with ending_at_once():
         verb.prepare(args)
@@ -147,10 +150,13 @@ def _load(name: str) -> Verb:
     return cast(Verb, import_module(f"tp_mamba.launch.{name}"))
 
 
-def _fill(parser: argparse.ArgumentParser, verb: Verb) -> None:
+def _fill(parser: argparse.ArgumentParser, name: str) -> None:
+    verb = _load(name)
     parser.description = f"{verb.HELP[0].upper()}{verb.HELP[1:]}."
     parser.epilog = f"examples:\n{verb.EXAMPLES}"
     verb.add_arguments(parser)
+    if name == "plan" and under_torchrun():
+        parser.set_defaults(tp=int(os.environ["WORLD_SIZE"]))
     add_common(parser)
 
 
