@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 
+from tp_mamba.kernels.checks import check_device, check_floating, check_indices, check_mask, refuse_grad
 from tp_mamba.kernels.dispatch import use_triton
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _run(out: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
-    if use_triton(x) and x.dtype != torch.float64:
+    if use_triton(x):
         from tp_mamba.kernels.causal_conv1d_triton import launch as run
     else:
         from tp_mamba.kernels.causal_conv1d_cpu import causal_conv1d_cpu as run
@@ -156,9 +155,9 @@ def causal_conv1d_fn(
         )
     channels, width = weight.shape
     num_seqs = x.shape[0] if query_start_loc is None else query_start_loc.shape[0] - 1
-    _check_indices("causal_conv1d_fn", "query_start_loc", query_start_loc, num_seqs + 1, x)
-    _check_indices("causal_conv1d_fn", "cache_indices", cache_indices, num_seqs, x)
-    _check_indices("causal_conv1d_fn", "has_initial_state", has_initial_state, num_seqs, x)
+    _check_sequences("causal_conv1d_fn", "query_start_loc", query_start_loc, num_seqs + 1, x)
+    _check_sequences("causal_conv1d_fn", "cache_indices", cache_indices, num_seqs, x)
+    _check_sequences("causal_conv1d_fn", "has_initial_state", has_initial_state, num_seqs, x)
     if conv_states is None and (cache_indices is not None or has_initial_state is not None):
         raise ValueError(
             "causal_conv1d_fn: cache_indices and has_initial_state refer to conv_states, which is None: "
@@ -250,7 +249,7 @@ def causal_conv1d_update(
     if x.dim() not in (2, 3):
         raise ValueError(f"causal_conv1d_update: x has shape {list(x.shape)}: expected [B, D] or [B, D, L]")
     silu = _check("causal_conv1d_update", x, 1, weight, bias, activation, out, conv_state=conv_state)
-    _check_indices("causal_conv1d_update", "conv_state_indices", conv_state_indices, x.shape[0], x)
+    _check_sequences("causal_conv1d_update", "conv_state_indices", conv_state_indices, x.shape[0], x)
     if conv_state_indices is None and conv_state.shape[0] < x.shape[0]:
         raise ValueError(
             f"causal_conv1d_update: conv_state has {conv_state.shape[0]} slots for {x.shape[0]} rows: "
@@ -288,8 +287,9 @@ def _check(
         raise ValueError(
             f'{op}: unknown activation {activation!r}: use "silu" (or "swish", the same) or None'
         )
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"{op}: x has dtype {x.dtype}: use float32, bfloat16, float16 or float64")
+    inputs = [("x", x), ("weight", weight), ("bias", bias), ("out", out), *states.items()]
+    check_floating(op, inputs)
+    check_device(op, x.device, "x", inputs)
     if weight.dim() != 2 or not 2 <= weight.shape[1] <= 4:
         raise ValueError(f"{op}: weight has shape {list(weight.shape)}: expected [D, K] with K from 2 to 4")
     channels, width = weight.shape
@@ -315,33 +315,20 @@ def _check(
                 f"{op}: {name} has shape {list(state.shape)}: expected slots or sequences by "
                 f"{channels} channels by at least {width - 1} past inputs"
             )
-    tensors = {"weight": weight, "bias": bias, "out": out, **states}
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            raise ValueError(
-                f"{op}: {name} is on {tensor.device} and x on {x.device}: move them to one device"
-            )
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(
-                f"{op}: {name} has dtype {tensor.dtype}: use float32, bfloat16, float16 or float64"
-            )
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors.values())):
-        raise RuntimeError(f"{op} has no backward: call it under torch.no_grad() or pass detached tensors")
+    refuse_grad(op, inputs)
     return activation is not None
 
 
-def _check_indices(op: str, name: str, index: torch.Tensor | None, length: int, x: torch.Tensor) -> None:
+def _check_sequences(op: str, name: str, index: torch.Tensor | None, length: int, x: torch.Tensor) -> None:
     """Refuse a per-sequence tensor of a wrong length, dtype or device; its values stay on the device."""
     if index is None:
         return
     if index.shape != (length,):
         raise ValueError(f"{op}: {name} has shape {list(index.shape)}: expected [{length}]")
-    wanted = (torch.bool,) if name == "has_initial_state" else (torch.int32, torch.int64)
-    if index.dtype not in wanted:
-        raise ValueError(f"{op}: {name} has dtype {index.dtype}: expected {' or '.join(map(str, wanted))}")
-    if index.device != x.device:
-        raise ValueError(f"{op}: {name} is on {index.device} and x on {x.device}: move them to one device")
+    if name == "has_initial_state":
+        check_mask(op, name, index)
+    else:
+        check_indices(op, [(name, index)])
+    check_device(op, x.device, "x", [(name, index)])
     if not index.is_contiguous():
         raise ValueError(f"{op}: {name} has stride {index.stride(0)}: pass a contiguous tensor")

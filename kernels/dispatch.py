@@ -1,4 +1,4 @@
-"""Which implementation serves a tensor: Triton on a GPU, plain torch on a CPU."""
+"""Which implementation serves a tensor: Triton on a GPU, plain torch on a CPU and for float64."""
 
 from __future__ import annotations
 
@@ -8,5 +8,8 @@ import torch
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    """True for CUDA tensors, and for CPU tensors under ``TRITON_INTERPRET=1``, which runs the same kernels."""
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    """True for CUDA tensors, and for CPU tensors under ``TRITON_INTERPRET=1``, which runs the same kernels.
+
+    Never for float64: the kernels compute in float32.
+    """
+    return x.dtype != torch.float64 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from tp_mamba.kernels.checks import check_device, check_dtype, check_floating, refuse_grad
 from tp_mamba.kernels.dispatch import use_triton
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _run(
@@ -25,7 +24,7 @@ def _run(
     residual_dtype: torch.dtype | None,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if use_triton(x) and x.dtype != torch.float64:
+    if use_triton(x):
         from tp_mamba.kernels.rms_norm_triton import launch as run
     else:
         from tp_mamba.kernels.rms_norm_cpu import rms_norm_cpu as run
@@ -168,20 +167,8 @@ def _check(
         raise ValueError(
             f"{op}: residual has shape {list(residual.shape)}: expected that of x, {list(x.shape)}"
         )
-    if out_dtype not in _DTYPES:
-        raise ValueError(f"{op}: out_dtype is {out_dtype}: use float32, bfloat16, float16 or float64")
-    for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
-        if tensor is None:
-            continue
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(
-                f"{op}: {name} has dtype {tensor.dtype}: use float32, bfloat16, float16 or float64"
-            )
-        if tensor.device != x.device:
-            raise ValueError(
-                f"{op}: {name} is on {tensor.device} and x on {x.device}: move them to one device"
-            )
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{op} has no backward: call it under torch.no_grad() or pass detached tensors"
-            )
+    check_dtype(op, "out_dtype is", out_dtype)
+    inputs = [("x", x), ("weight", weight), ("residual", residual)]
+    check_floating(op, inputs)
+    check_device(op, x.device, "x", inputs)
+    refuse_grad(op, inputs)

@@ -9,21 +9,25 @@ For every channel d (of group g) and token t, in float32::
 
 The op is ``tp_mamba::selective_scan``; it writes ``out`` and the states in place. CUDA tensors run the Triton
 kernel, the others (and float64) plain torch. ``selective_scan_reference.py`` holds the loop it is tested with.
+
+In the kernel a token's bits depend on its own sequence alone: not on the batch, nor on where a prompt was cut
+(given a float32 state). Plain torch keeps to this up to rounding only, since it cuts its chunks by the batch.
 """
 
 from __future__ import annotations
 
 import torch
 
-from tp_mamba.kernels.dispatch import use_triton
-from tp_mamba.kernels.ssm_checks import (
+from tp_mamba.kernels.checks import (
     check_device,
     check_floating,
     check_indices,
+    check_mask,
     check_shape,
     check_state_size,
     refuse_grad,
 )
+from tp_mamba.kernels.dispatch import use_triton
 
 _OP = "selective_scan_fn"
 
@@ -54,7 +58,7 @@ def _selective_scan(
     pad_slot_id: int,
     out: torch.Tensor,
 ) -> None:
-    if use_triton(u) and u.dtype != torch.float64:
+    if use_triton(u):
         from tp_mamba.kernels.selective_scan_triton import selective_scan_triton as run
     else:
         from tp_mamba.kernels.selective_scan_cpu import selective_scan_cpu as run
@@ -170,10 +174,7 @@ def selective_scan_fn(
         B, C = _group_a_channel(B, channels), _group_a_channel(C, channels)
     check_shape(_OP, "cache_indices", cache_indices, "[S]", (sequences,))
     check_shape(_OP, "has_initial_state", has_initial_state, "[S]", (sequences,))
-    if has_initial_state is not None and has_initial_state.dtype != torch.bool:
-        raise ValueError(
-            f"{_OP}: has_initial_state has dtype {has_initial_state.dtype} but must be bool; convert it"
-        )
+    check_mask(_OP, "has_initial_state", has_initial_state)
     if ssm_states is None:
         for name, tensor in (("cache_indices", cache_indices), ("has_initial_state", has_initial_state)):
             if tensor is not None:

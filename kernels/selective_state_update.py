@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from tp_mamba.kernels.dispatch import use_triton
-from tp_mamba.kernels.ssm_checks import (
+from tp_mamba.kernels.checks import (
     check_device,
     check_floating,
     check_indices,
@@ -23,6 +22,7 @@ from tp_mamba.kernels.ssm_checks import (
     check_state_size,
     refuse_grad,
 )
+from tp_mamba.kernels.dispatch import use_triton
 
 _OP = "selective_state_update"
 
@@ -49,7 +49,7 @@ def _selective_state_update(
     pad_slot_id: int,
     out: torch.Tensor,
 ) -> None:
-    if use_triton(x) and x.dtype != torch.float64:
+    if use_triton(x):
         from tp_mamba.kernels.selective_state_update_triton import selective_state_update_triton as run
     else:
         from tp_mamba.kernels.selective_state_update_cpu import selective_state_update_cpu as run

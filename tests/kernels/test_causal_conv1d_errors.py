@@ -23,7 +23,7 @@ STATES = torch.zeros(3, 6, 3)
         ({"weight": torch.zeros(6, 1, 4)}, r"weight has shape \[6, 1, 4\]"),
         ({"weight": torch.zeros(7, 4)}, r"has 6 channels and weight 7"),
         ({"weight": W.long()}, r"weight has dtype torch.int64"),
-        ({"weight": W.to("meta")}, r"weight is on meta and x on cpu"),
+        ({"weight": W.to("meta")}, r"weight is on meta but x is on cpu"),
         ({"x": PACKED}, r"x has shape \[6, 9\]: expected \[B, D, L\], or \[D, T\] with query_start_loc"),
         ({"query_start_loc": STARTS}, r"x has shape \[2, 6, 9\]: expected \[D, T\] with query_start_loc"),
         ({"x": X.long()}, r"x has dtype torch.int64: use float32"),
@@ -53,7 +53,7 @@ STATES = torch.zeros(3, 6, 3)
         ),
         (
             {"conv_states": STATES, "has_initial_state": torch.zeros(2)},
-            r"has_initial_state has dtype torch.float32: expected torch.bool",
+            r"has_initial_state has dtype torch.float32 but must be bool",
         ),
         (
             {"conv_states": STATES, "cache_indices": torch.zeros(2, 2, dtype=torch.int32)[:, 0]},
@@ -64,7 +64,7 @@ STATES = torch.zeros(3, 6, 3)
             r"query_start_loc has shape \[0\]: expected \[S \+ 1\]",
         ),
         ({"x": PACKED, "query_start_loc": STARTS.float()}, r"query_start_loc has dtype torch.float32"),
-        ({"x": PACKED, "query_start_loc": STARTS.to("meta")}, r"query_start_loc is on meta and x on cpu"),
+        ({"x": PACKED, "query_start_loc": STARTS.to("meta")}, r"query_start_loc is on meta but x is on cpu"),
     ],
 )
 def test_refuses_wrong_input(arguments: dict[str, Any], message: str) -> None:
@@ -90,9 +90,13 @@ def test_update_refuses_wrong_input(arguments: dict[str, Any], message: str) -> 
 
 def test_refuses_inputs_that_want_a_gradient() -> None:
     weight = torch.zeros(6, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match="causal_conv1d_fn has no backward"):
+    with pytest.raises(
+        RuntimeError, match="causal_conv1d_fn: weight requires grad but this op has no backward"
+    ):
         causal_conv1d_fn(X, weight)
-    with pytest.raises(RuntimeError, match="causal_conv1d_update has no backward"):
+    with pytest.raises(
+        RuntimeError, match="causal_conv1d_update: weight requires grad but this op has no backward"
+    ):
         causal_conv1d_update(X[..., 0], STATES, weight)
     with torch.no_grad():
         assert not causal_conv1d_fn(X, weight).requires_grad

@@ -8,6 +8,7 @@ import torch
 import triton
 from kernel_testing import (
     DEVICES,
+    TIME_STEPS,
     Launches,
     assert_within_twice,
     compile_for_hopper,
@@ -114,6 +115,23 @@ def test_optional_arguments(any_device: torch.device, absent: str) -> None:
         }
     else:
         inputs[absent] = None
+    check(inputs, any_device)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)  # in the branch not taken
+@pytest.mark.parametrize("step", TIME_STEPS)
+def test_softplus_at_every_size(any_device: torch.device, step: float) -> None:
+    """Alike sizes in each call and no skip, so that output and state are as exact as the time steps are."""
+    g = torch.Generator().manual_seed(9)
+    inputs = make(33, 4, [6, 3], seed=9)
+    inputs |= {
+        "delta": (step / 2 + 0.2 * torch.randn(9, 33, generator=g)).t(),
+        "delta_bias": step / 2 + 0.2 * torch.randn(33, generator=g),
+        "D": None,
+        "z": None,
+    }
     check(inputs, any_device)
 
 

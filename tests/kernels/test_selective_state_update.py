@@ -7,6 +7,7 @@ import pytest
 import torch
 from kernel_testing import (
     DEVICES,
+    TIME_STEPS,
     Launches,
     assert_within_twice,
     compile_for_hopper,
@@ -127,6 +128,23 @@ def test_optional_arguments(any_device: torch.device, absent: str) -> None:
     else:
         inputs[absent] = None
     check(inputs, random_state(2, 30, 4), any_device)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)  # in the branch not taken
+@pytest.mark.parametrize("step", TIME_STEPS)
+def test_softplus_at_every_size(any_device: torch.device, step: float) -> None:
+    """From a zero state and without a skip, so that output and state are as exact as the time steps are."""
+    g = torch.Generator().manual_seed(9)
+    inputs = make(4, (33,), 4, seed=9)
+    inputs |= {
+        "dt": step / 2 + 0.2 * torch.randn(4, 33, generator=g),
+        "dt_bias": step / 2 + 0.2 * torch.randn(33, generator=g),
+        "D": None,
+        "z": None,
+    }
+    check(inputs, torch.zeros(4, 33, 4), any_device)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
-"""Argument checks shared by the selective scan and its one-step update; none of them waits for a device."""
+"""Argument checks shared by the kernels' public functions; none of them waits for a device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What the kernels take, in any mixture; float64 runs in plain torch."""
 
 MAX_STATE_SIZE = 256
 """Largest N: the state of 32 channels stays in the registers of one program up to here."""
@@ -22,13 +25,16 @@ def check_shape(op: str, name: str, tensor: torch.Tensor | None, letters: str, s
 
 
 def check_floating(op: str, tensors: Sequence[Named]) -> None:
-    """Raise ValueError for a tensor that is not of a real floating dtype."""
+    """Raise ValueError for a tensor of a dtype outside :data:`DTYPES`."""
     for name, tensor in tensors:
-        if tensor is not None and not tensor.dtype.is_floating_point:
-            raise ValueError(
-                f"{op}: {name} has dtype {tensor.dtype} but must be real floating point; "
-                "pass float32, bfloat16, float16 or float64"
-            )
+        if tensor is not None:
+            check_dtype(op, f"{name} has dtype", tensor.dtype)
+
+
+def check_dtype(op: str, what: str, dtype: torch.dtype) -> None:
+    """Raise ValueError, ``what`` before the dtype, for one outside :data:`DTYPES`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{op}: {what} {dtype}: use float32, bfloat16, float16 or float64")
 
 
 def check_indices(op: str, tensors: Sequence[Named]) -> None:
@@ -38,6 +44,12 @@ def check_indices(op: str, tensors: Sequence[Named]) -> None:
             raise ValueError(
                 f"{op}: {name} has dtype {tensor.dtype} but must be int32 or int64; convert it first"
             )
+
+
+def check_mask(op: str, name: str, tensor: torch.Tensor | None) -> None:
+    """Raise ValueError for a tensor of yes and no that is not bool."""
+    if tensor is not None and tensor.dtype != torch.bool:
+        raise ValueError(f"{op}: {name} has dtype {tensor.dtype} but must be bool; convert it")
 
 
 def check_device(op: str, device: torch.device, first: str, tensors: Sequence[Named]) -> None:

@@ -1,0 +1,27 @@
+"""Which implementation serves a tensor."""
+
+import pytest
+import torch
+
+from tp_mamba.kernels.dispatch import use_triton
+
+
+def test_triton_serves_a_gpu_and_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert not use_triton(torch.zeros(1))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert use_triton(torch.zeros(1))
+    assert use_triton(torch.zeros(1, dtype=torch.bfloat16))
+
+
+def test_float64_never_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels compute in float32, wherever they run."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not use_triton(torch.zeros(1, dtype=torch.float64))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert use_triton(torch.zeros(1, device="cuda"))
+    assert not use_triton(torch.zeros(1, device="cuda", dtype=torch.float64))
