@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device(ranks)
     ranks.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
-    sampling = parser.add_argument_group("sampling (the same text at every number of ranks)")
+    sampling = parser.add_argument_group("sampling (in float32 the same text at every number of ranks)")
     sampling.add_argument("--max-new-tokens", type=positive_int, default=128, metavar="N", help="default 128")
     sampling.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy"
