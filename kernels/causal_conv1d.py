@@ -20,7 +20,19 @@ from typing import Any
 
 import torch
 
-from tp_mamba.kernels.checks import check_device, check_floating, check_indices, check_mask, refuse_grad
+from tp_mamba.kernels.checks import (
+    PAD_SLOT_NAME,
+    PREFIX_CACHING,
+    SPECULATION,
+    check_device,
+    check_floating,
+    check_indices,
+    check_mask,
+    not_supported,
+    refuse_grad,
+    slot_column,
+    without_gaps,
+)
 from tp_mamba.kernels.dispatch import use_triton
 
 
@@ -87,6 +99,14 @@ def _update_fake(*_: object) -> None:
     """Everything is written in place."""
 
 
+@not_supported(
+    "causal_conv1d_fn",
+    null_block_id=PAD_SLOT_NAME,
+    block_idx_first_scheduled_token=PREFIX_CACHING,
+    block_idx_last_scheduled_token=PREFIX_CACHING,
+    initial_state_idx=PREFIX_CACHING,
+    num_computed_tokens=PREFIX_CACHING,
+)
 def causal_conv1d_fn(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -118,10 +138,11 @@ def causal_conv1d_fn(
         query_start_loc: ``[S + 1]`` int32, ascending: sequence s holds tokens ``[s] .. [s + 1] - 1``, perhaps
             none. Tokens outside all sequences give zeros.
         cache_indices: ``[S]`` int32, each sequence's slot in ``conv_states``, none twice; by default slot s.
-            ``pad_slot_id``: no slot, the sequence starts from zeros and leaves no state.
+            ``pad_slot_id``: no slot, the sequence starts from zeros and leaves no state. ``[S, 1]`` will do.
         has_initial_state: ``[S]`` bool: start from the slot, not from zeros. By default none does.
-        conv_states: ``[slots, D, state_len >= K - 1]``, written in place. A sequence without tokens leaves
-            its slot as it was, whatever ``has_initial_state`` says.
+        conv_states: ``[slots, D, state_len >= K - 1]``, written in place. A sequence without tokens leaves its slot
+            as it was if it starts from it, and zeros if not, as the scan does. (vLLM keeps the inputs of a longer
+            state in its first columns: pass ``conv_states[..., : K - 1]``.)
         pad_slot_id: the index that means no slot.
         out: written and returned; shape and dtype of ``x``, sharing no memory with it.
 
@@ -153,6 +174,7 @@ def causal_conv1d_fn(
         raise ValueError(
             f"causal_conv1d_fn: query_start_loc has shape {list(query_start_loc.shape)}: expected [S + 1]"
         )
+    cache_indices = slot_column("causal_conv1d_fn", "cache_indices", cache_indices)
     channels, width = weight.shape
     num_seqs = x.shape[0] if query_start_loc is None else query_start_loc.shape[0] - 1
     _check_sequences("causal_conv1d_fn", "query_start_loc", query_start_loc, num_seqs + 1, x)
@@ -198,7 +220,7 @@ def causal_conv1d_fn(
         out,
         x,
         weight,
-        bias,
+        without_gaps(bias),
         silu,
         states,
         query_start_loc,
@@ -210,6 +232,14 @@ def causal_conv1d_fn(
     return (out, states) if return_final_states and states is not None else out
 
 
+@not_supported(
+    "causal_conv1d_update",
+    null_block_id=PAD_SLOT_NAME,
+    query_start_loc="call causal_conv1d_fn with x as [D, T], conv_states and has_initial_state all True",
+    num_accepted_tokens=SPECULATION,
+    block_idx_last_scheduled_token=PREFIX_CACHING,
+    initial_state_idx=PREFIX_CACHING,
+)
 def causal_conv1d_update(
     x: torch.Tensor,
     conv_state: torch.Tensor,
@@ -230,7 +260,7 @@ def causal_conv1d_update(
         weight, bias, activation: as for :func:`causal_conv1d_fn`.
         cache_seqlens: not supported; the state is linear, newest input last.
         conv_state_indices: ``[B]`` int32, each row's slot, no slot twice; by default slot b. Rows with
-            ``pad_slot_id`` change nothing and give zeros.
+            ``pad_slot_id`` change nothing and give zeros. ``[B, 1]`` will do.
         pad_slot_id: the index that means no slot.
         out: written and returned; shape and dtype of ``x``, sharing no memory with it.
 
@@ -249,6 +279,7 @@ def causal_conv1d_update(
     if x.dim() not in (2, 3):
         raise ValueError(f"causal_conv1d_update: x has shape {list(x.shape)}: expected [B, D] or [B, D, L]")
     silu = _check("causal_conv1d_update", x, 1, weight, bias, activation, out, conv_state=conv_state)
+    conv_state_indices = slot_column("causal_conv1d_update", "conv_state_indices", conv_state_indices)
     _check_sequences("causal_conv1d_update", "conv_state_indices", conv_state_indices, x.shape[0], x)
     if conv_state_indices is None and conv_state.shape[0] < x.shape[0]:
         raise ValueError(
@@ -259,7 +290,7 @@ def causal_conv1d_update(
         out = _empty_rows(x, 1)
     x_BDL, out_BDL = (x.unsqueeze(-1), out.unsqueeze(-1)) if x.dim() == 2 else (x, out)
     torch.ops.tp_mamba.causal_conv1d_update(
-        out_BDL, x_BDL, conv_state, weight, bias, silu, conv_state_indices, pad_slot_id
+        out_BDL, x_BDL, conv_state, weight, without_gaps(bias), silu, conv_state_indices, pad_slot_id
     )
     return out
 

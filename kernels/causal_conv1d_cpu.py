@@ -1,14 +1,19 @@
-"""The causal depthwise convolution in plain torch, without a loop over tokens.
+"""The causal depthwise convolution in plain torch: K shifted multiply-adds, in the Triton kernel's order.
 
-All tokens at once as K shifted multiply-adds that ignore where sequences start, then the first ``K - 1``
-tokens of every sequence again, from its state. The order of additions is the Triton kernel's. Reads indices
-on the host, which costs nothing on a CPU.
+A sequence's first ``K - 1`` tokens are convolved together with its state, the others straight from the input, a
+cacheful at a time. Packed sequences follow one another. Reads indices on the host, which costs nothing on a CPU.
+
+Everything here is token-major, ``[.., L, D]``: a state of shape ``[slots, D, K-1]`` is read as ``[slots, K-1, D]``.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
+
+_BLOCK_ELEMENTS = 3 << 17  # of the output at a time: 1.5 MiB of float32
 
 
 def causal_conv1d_cpu(
@@ -26,104 +31,93 @@ def causal_conv1d_cpu(
     pad_slot_id: int,
 ) -> None:
     """Same contract as ``causal_conv1d_triton.launch``; float64 inside for float64 input, else float32."""
-    real = None  # [S] bool where some sequence has no slot
-    if cache_indices is not None and pad_slot_id in cache_indices.tolist():
-        real = cache_indices != pad_slot_id
-    if cache_indices is not None and real is not None and zero_null:
-        rows = real.nonzero().squeeze(1)
-        part = torch.empty_like(x[rows])
-        real_slots = cache_indices[rows]
-        causal_conv1d_cpu(
-            part, x[rows], weight, bias, silu, states, None, real_slots, None, all_initial, False, pad_slot_id
-        )
-        out.zero_()
-        out[rows] = part
-        return
-
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x_BLD = x.t().unsqueeze(0) if query_start_loc is not None else x.transpose(1, 2)
-    out_BLD = out.t().unsqueeze(0) if query_start_loc is not None else out.transpose(1, 2)
-    weight_KD = weight.t().to(dtype)
-    bias_D = None if bias is None else bias.to(dtype)
-    B, L, D = x_BLD.shape
-    S = query_start_loc.shape[0] - 1 if query_start_loc is not None else B
-    K = weight.shape[1]
-    if L >= K:
-        _convolve(x_BLD.to(dtype), weight_KD, bias_D, silu, out_BLD[:, K - 1 :])
-
-    past = x.new_zeros((S, D, K - 1))
-    slots: torch.Tensor | None = None
-    if states is not None:
-        past = states[:S]
-        if cache_indices is not None:
-            slots = (cache_indices if real is None else torch.where(real, cache_indices, 0)).long()
-            past = states.index_select(0, slots)
-        initial = real if all_initial else x.new_zeros(S, dtype=torch.bool)
-        if has_initial_state is not None:
-            initial = has_initial_state if real is None else has_initial_state & real
-        if initial is not None:
-            past = torch.where(initial.view(S, 1, 1), past, 0)
-    state_len = past.shape[2]
-
-    if query_start_loc is not None:
-        starts, lengths = query_start_loc[:-1].long(), query_start_loc.diff()
-        first, last = int(query_start_loc[0]), int(query_start_loc[-1])
-        out[:, :first] = 0
-        out[:, last:] = 0
-        if last == first:
-            return
-        steps = torch.arange(K - 1, device=x.device)
-        inside = steps < lengths.view(S, 1)
-        tokens = (starts.view(S, 1) + steps).clamp_max(last - 1)
-        heads = x.new_empty((S, K - 1, D), dtype=dtype)
-        history = past[..., state_len - (K - 1) :].transpose(1, 2).to(dtype)
-        _convolve(torch.cat([history, x_BLD[0, tokens].to(dtype)], 1), weight_KD, bias_D, silu, heads)
-        out_BLD[0, tokens[inside]] = heads[inside].to(out.dtype)
-        if states is None:
-            return
-        position = lengths.view(S, 1) - state_len + torch.arange(state_len, device=x.device)
-        newest = x[:, (starts.view(S, 1) + position).clamp(0, L - 1)].transpose(0, 1).to(states.dtype)
-        kept = past.gather(2, (position + state_len).clamp_max(state_len - 1).unsqueeze(1).expand(-1, D, -1))
-        new = torch.where(position.unsqueeze(1) < 0, kept, newest)
-        written = lengths > 0 if real is None else real & (lengths > 0)
-        slots = torch.arange(S, device=x.device) if slots is None else slots
-        states.index_copy_(0, slots[written], new[written])
+    filters = (weight.t().to(dtype), None if bias is None else bias.to(dtype), silu)
+    past = None if states is None else states.transpose(1, 2)
+    x, out = x.transpose(-2, -1), out.transpose(-2, -1)
+    sequences = x.shape[0] if query_start_loc is None else query_start_loc.shape[0] - 1
+    slots = list(range(sequences)) if cache_indices is None else cache_indices.tolist()
+    real = [cache_indices is None or slot != pad_slot_id for slot in slots]
+    if past is not None and zero_null and all(real):
+        _convolve_rows(out, x, *filters, past, None if cache_indices is None else slots)
         return
 
-    if L == 0:
-        return
-    n = min(L, K - 1)
-    inputs = torch.cat([past, x[..., :n]], 2)
-    window = inputs[..., state_len - (K - 1) :].transpose(1, 2).to(dtype)
-    _convolve(window, weight_KD, bias_D, silu, out_BLD[:, :n])
-    if states is None:
-        return
-    new = inputs[..., n:] if n == L else torch.cat([past[..., L:], x[..., max(L - state_len, 0) :]], 2)
-    if slots is None:
-        states[:S] = new
-    elif real is None:
-        states.index_copy_(0, slots, new.to(states.dtype))
+    if query_start_loc is None:
+        pieces = [(x[s], out[s]) for s in range(sequences)]
     else:
-        states.index_copy_(0, slots[real], new[real].to(states.dtype))
+        starts = query_start_loc.tolist()
+        out[: starts[0]] = 0
+        out[starts[-1] :] = 0
+        pieces = [(x[start:stop], out[start:stop]) for start, stop in pairwise(starts)]
+    initial = [all_initial] * sequences if has_initial_state is None else has_initial_state.tolist()
+    for s, (x_LD, out_LD) in enumerate(pieces):
+        if zero_null and not real[s]:
+            out_LD.zero_()
+            continue
+        state = past[slots[s]] if past is not None and real[s] else None
+        if state is not None and not initial[s]:
+            state.zero_()
+        _convolve_rows(out_LD[None], x_LD[None], *filters, None if state is None else state[None], None)
 
 
-def _convolve(
-    x_BLD: torch.Tensor,
+def _convolve_rows(
+    out: torch.Tensor,
+    x: torch.Tensor,
     weight_KD: torch.Tensor,
     bias_D: torch.Tensor | None,
     silu: bool,
-    out_BLD: torch.Tensor,
+    states: torch.Tensor | None,
+    slots: list[int] | None,
 ) -> None:
-    """``out[:, t] = silu(bias + sum_k x[:, t + k] * weight[k])`` in the dtype of ``x``, then cast."""
-    n = out_BLD.shape[1]
-    acc = out_BLD if out_BLD.dtype == x_BLD.dtype else torch.empty_like(out_BLD, dtype=x_BLD.dtype)
-    if bias_D is None:
-        torch.mul(x_BLD[:, :n], weight_KD[0], out=acc)
+    """Rows of one length, ``x, out [B, L, D]``, each from and into its slot (row b: slot b) of ``[slots, K-1, D]``."""
+    B, L, D = x.shape
+    K = len(weight_KD)
+    tokens = max(1, _BLOCK_ELEMENTS // max(1, B * D))
+    # With a tap's channels side by side torch works on vectors of them; for a few tokens the copy is not worth it.
+    taps_KD = weight_KD.contiguous() if L >= K else weight_KD
+    for first in range(0, L - K + 1, tokens):
+        into = out[:, first + K - 1 : first + K - 1 + tokens]
+        _convolve(x[:, first : first + tokens + K - 1], taps_KD, bias_D, silu, into)
+
+    scattered: torch.Tensor | None = None
+    if states is None:
+        past = x.new_zeros(B, K - 1, D)
+    elif slots is None or B == 1:
+        states = states[:B] if slots is None else states[slots[0] : slots[0] + 1]
+        past = states
     else:
-        torch.addcmul(bias_D, x_BLD[:, :n], weight_KD[0], out=acc)
-    for k in range(1, weight_KD.shape[0]):
-        acc.addcmul_(x_BLD[:, k : k + n], weight_KD[k])
+        scattered = torch.tensor(slots, dtype=torch.int64, device=x.device)
+        past = states.index_select(0, scattered)
+    state_len, n = past.shape[1], min(L, K - 1)
+    inputs = torch.cat([past, x.narrow(1, 0, n)], 1)
+    window = inputs.narrow(1, state_len - (K - 1), K - 1 + n)
+    _convolve(window, weight_KD, bias_D, silu, out.narrow(1, 0, n))
+    if states is not None:
+        new = (
+            inputs.narrow(1, n, state_len)
+            if n == L
+            else torch.cat([past[:, L:], x[:, max(L - state_len, 0) :]], 1)
+        )
+        if scattered is None:
+            states.copy_(new)
+        else:
+            states.index_copy_(0, scattered, new.to(states.dtype))
+
+
+def _convolve(
+    x: torch.Tensor, weight_KD: torch.Tensor, bias_D: torch.Tensor | None, silu: bool, out: torch.Tensor
+) -> None:
+    """``out[:, t] = silu(bias + sum_k x[:, t + k] * weight[k])`` in the dtype of ``weight``, then cast."""
+    n = out.shape[1]
+    x, taps = x.to(weight_KD.dtype), weight_KD.unbind()
+    acc = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)
+    if bias_D is None:
+        torch.mul(x.narrow(1, 0, n), taps[0], out=acc)
+    else:
+        torch.addcmul(bias_D, x.narrow(1, 0, n), taps[0], out=acc)
+    for k in range(1, len(taps)):
+        acc.addcmul_(x.narrow(1, k, n), taps[k])
     if silu:
         F.silu(acc, inplace=True)
-    if acc is not out_BLD:
-        out_BLD.copy_(acc)
+    if acc is not out:
+        out.copy_(acc)

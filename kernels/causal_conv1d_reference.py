@@ -83,5 +83,5 @@ def _sequence(
         if bias_D is not None:
             y = y + bias_D.to(dtype)
         out_DL[:, t] = y if activation is None else F.silu(y)
-    if state is not None and L > 0:
+    if state is not None and (L > 0 or not initial):
         state.copy_(inputs[:, L:])

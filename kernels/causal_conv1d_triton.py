@@ -81,7 +81,7 @@ def _head(
         # Column c of the new state is input length - STATE_LEN + c of the sequence, or an old column.
         c = tl.arange(0, BLOCK_S)[None, :]
         p = length - STATE_LEN + c
-        m_sd = m_d[:, None] & (c < STATE_LEN) & real & (length > 0)
+        m_sd = m_d[:, None] & (c < STATE_LEN) & real & ((length > 0) | ~initial)
         p_old = states_ptr + d[:, None] * states_stride_d + (c + length) * states_stride_k
         b_old = tl.load(p_old, mask=m_sd & (p < 0) & initial, other=0.0)
         b_new = tl.load(x_ptr[:, None] + p * x_stride_t, mask=m_sd & (p >= 0), other=0.0)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What the kernels take, in any mixture; float64 runs in plain torch."""
@@ -13,6 +18,11 @@ MAX_STATE_SIZE = 256
 """Largest N: the state of 32 channels stays in the registers of one program up to here."""
 
 Named = tuple[str, torch.Tensor | None]
+
+PAD_SLOT_NAME = "it is called pad_slot_id here"
+PREFIX_CACHING = "for states at block boundaries, cut the sequences there and call once a piece"
+SPECULATION = "copy the state after each drafted token and go on from the copy of the last accepted one"
+"""Remedies for keywords of vLLM, as :func:`not_supported` takes them."""
 
 
 def check_shape(op: str, name: str, tensor: torch.Tensor | None, letters: str, shape: Sequence[int]) -> None:
@@ -46,6 +56,23 @@ def check_indices(op: str, tensors: Sequence[Named]) -> None:
             )
 
 
+def slot_column(op: str, name: str, slots: torch.Tensor | None) -> torch.Tensor | None:
+    """``slots``, or of a block table ``[S, 1]`` its column; raise ValueError for a wider table."""
+    if slots is None or slots.dim() != 2:
+        return slots
+    if slots.shape[1] != 1:
+        raise ValueError(
+            f"{op}: {name} has shape {list(slots.shape)} but block tables are not supported; "
+            "pass one slot a sequence, such as table[:, 0].contiguous()"
+        )
+    return slots[:, 0]
+
+
+def without_gaps(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A short tensor as the kernels that know no stride of it read it: copied only if it has one; None is None."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def check_mask(op: str, name: str, tensor: torch.Tensor | None) -> None:
     """Raise ValueError for a tensor of yes and no that is not bool."""
     if tensor is not None and tensor.dtype != torch.bool:
@@ -67,6 +94,25 @@ def check_state_size(op: str, n: int) -> None:
         raise ValueError(
             f"{op}: A has a state size N of {n} but N must be 1 to {MAX_STATE_SIZE}; use a smaller state"
         )
+
+
+def not_supported(op: str, **remedies: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorate a public function so that these keywords of other libraries raise ValueError with their remedy.
+
+    None passes: their callers spell out what they leave unused.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in remedies:
+                if name in kwargs and kwargs.pop(name) is not None:
+                    raise ValueError(f"{op}: {name} is not supported; {remedies[name]}")
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def refuse_grad(op: str, tensors: Sequence[Named]) -> None:

@@ -16,16 +16,23 @@ In the kernel a token's bits depend on its own sequence alone: not on the batch,
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tp_mamba.kernels.checks import (
+    PAD_SLOT_NAME,
+    PREFIX_CACHING,
     check_device,
     check_floating,
     check_indices,
     check_mask,
     check_shape,
     check_state_size,
+    not_supported,
     refuse_grad,
+    slot_column,
+    without_gaps,
 )
 from tp_mamba.kernels.dispatch import use_triton
 
@@ -73,6 +80,16 @@ def _selective_scan_fake(*args: object) -> None:
     return None
 
 
+@not_supported(
+    _OP,
+    cu_seqlens="pass [0, .., T] as query_start_loc, with u [D, T]",
+    null_block_id=PAD_SLOT_NAME,
+    block_idx_first_scheduled_token=PREFIX_CACHING,
+    block_idx_last_scheduled_token=PREFIX_CACHING,
+    initial_state_idx=PREFIX_CACHING,
+    cu_chunk_seqlen=PREFIX_CACHING,
+    last_chunk_indices=PREFIX_CACHING,
+)
 def selective_scan_fn(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -112,12 +129,14 @@ def selective_scan_fn(
             ``[s + 1]``, possibly none. Tokens outside all sequences are left unwritten in the output.
         cache_indices: ``[S]`` int, the slot of each sequence in ``ssm_states``; by default sequence ``s`` has
             slot ``s``. A sequence at ``pad_slot_id`` starts from zero and keeps no state. Slots are distinct and
-            in range: they are read on the device and not checked.
+            in range: they are read on the device and not checked. ``[S, 1]`` will do; a column of a wider table
+            is copied.
         has_initial_state: ``[S]`` bool, whether a sequence continues from its slot; by default none does.
         ssm_states: ``[slots, D, N]`` float, read where ``has_initial_state`` and written in place. An empty
             sequence leaves its initial state, zero if it has none. Slots not named stay untouched.
         pad_slot_id: the index that stands for no slot.
-        out: written and returned; shape of ``u``, any float dtype.
+        out: written and returned; shape of ``u``, any float dtype. It may be ``u``, ``delta`` or ``z`` itself (vLLM
+            writes over ``delta`` or ``z``) or share no memory with an argument; an overlap in part is not seen.
 
     Returns:
         ``out`` in the shape (and unless given the dtype) of ``u``, or ``(out, last_state)`` with ``last_state``
@@ -170,8 +189,7 @@ def selective_scan_fn(
     check_shape(_OP, "delta_bias", delta_bias, "[D]", (channels,))
     B = _by_group("B", B, u, n, packed)
     C = _by_group("C", C, u, n, packed)
-    if B.shape[-3] != C.shape[-3]:  # one of them constant in time (a group a channel), or two group counts
-        B, C = _group_a_channel(B, channels), _group_a_channel(C, channels)
+    cache_indices = slot_column(_OP, "cache_indices", cache_indices)
     check_shape(_OP, "cache_indices", cache_indices, "[S]", (sequences,))
     check_shape(_OP, "has_initial_state", has_initial_state, "[S]", (sequences,))
     check_mask(_OP, "has_initial_state", has_initial_state)
@@ -188,6 +206,11 @@ def selective_scan_fn(
             )
     refuse_grad(_OP, inputs + states)
 
+    if (
+        B.shape[-3] != C.shape[-3]
+    ):  # one of them constant in time (a group a channel), or two numbers of groups
+        groups = math.lcm(B.shape[-3], C.shape[-3])
+        B, C = _in_groups(B, groups), _in_groups(C, groups)
     if out is None:
         out = torch.empty_like(u)
     last_state = None
@@ -195,8 +218,8 @@ def selective_scan_fn(
         dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
         last_state = torch.empty(sequences, channels, n, dtype=dtype, device=u.device)
     torch.ops.tp_mamba.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, query_start_loc, cache_indices,
-        has_initial_state, ssm_states, last_state, pad_slot_id, out,
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, without_gaps(query_start_loc),
+        without_gaps(cache_indices), without_gaps(has_initial_state), ssm_states, last_state, pad_slot_id, out,
     )  # fmt: skip
     return out if last_state is None else (out, last_state)
 
@@ -228,8 +251,8 @@ def _by_group(name: str, x: torch.Tensor, u: torch.Tensor, n: int, packed: bool)
     return grouped
 
 
-def _group_a_channel(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """``[..., G, N, L]`` as ``[..., D, N, L]``; a copy only for 1 < G < D beside a tensor with other groups."""
-    if x.shape[-3] == 1:
-        return x.expand(*x.shape[:-3], channels, *x.shape[-2:])
-    return x.repeat_interleave(channels // x.shape[-3], dim=-3)
+def _in_groups(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """``[..., G, N, L]`` with each group ``groups / G`` times in a row; a copy only if ``1 < G < groups``."""
+    if x.shape[-3] in (1, groups):
+        return x.expand(*x.shape[:-3], groups, *x.shape[-2:])
+    return x.repeat_interleave(groups // x.shape[-3], dim=-3)

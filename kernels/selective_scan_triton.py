@@ -1,118 +1,30 @@
-"""The selective scan in Triton, and the arithmetic of one token that it shares with the one-step update.
+"""The selective scan in Triton: the choice between two kernels, and the general one.
 
-One program runs one (sequence, block of channels) from its first token to its last with the state
-``[BLOCK_N, BLOCK_D]`` in registers. Sequence lengths are read on the device, so one launch serves any mix of
-lengths and the host never waits.
+``selective_scan_rows_triton`` serves what a mixer passes, near the limit of the hardware. The kernel here takes all
+else: any strides, groups, state sizes that are no power of two or above 32. Their arithmetic and its order are the
+same (``ssm_token_triton``), so a token's bits depend on its inputs and the state before it, not on the kernel, the
+launch, the batch or the cut that led to it.
 
-Bits. The kernels are compiled without contraction of ``a * b + c``: a product is fused into a sum exactly where
-:func:`ssm_token` says ``fma``. The sum over states is a tree written out, not left to a layout. So a token's
-bits depend on its inputs and the state before it, not on the kernel, the batch or the cut that led to it.
+One program runs one (sequence, block of channels) from its first token to its last with the state in registers.
+Sequence lengths are read on the device, so one launch serves any mix of lengths and the host never waits.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK_D = 32
-"""Channels a program: one a lane, so that a thread owns all the states it sums."""
+from tp_mamba.kernels.approx_triton import LOG2_E
+from tp_mamba.kernels.selective_scan_rows_triton import selective_scan_rows_kernel
+from tp_mamba.kernels.ssm_token_triton import BLOCK_D, jit_by_type, launch_shape, ssm_token
+
 STEPS = 4
 """Tokens whose loads are in flight while the four before them are computed."""
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-
-
-def launch_shape(n: int) -> dict[str, int | bool]:
-    """Tile and launch options for state size ``n``, the same for the scan and the update."""
-    block_n = triton.next_power_of_2(n)
-    # 16 states a thread; more would spill. Without fp fusion the two kernels round alike.
-    return {
-        "N": n,
-        "BLOCK_N": block_n,
-        "BLOCK_D": BLOCK_D,
-        "num_warps": max(1, block_n // 16),
-        "enable_fp_fusion": False,
-    }
-
-
-def jit_by_type(kernel: Callable[..., None]) -> Any:
-    """``triton.jit`` for a kernel that is specialized by dtypes and constexprs alone.
-
-    A new length, batch or slot count, or an odd offset into a buffer, then finds the kernel compiled.
-    """
-    runtime = [
-        p.name for p in inspect.signature(kernel).parameters.values() if "constexpr" not in str(p.annotation)
-    ]
-    return triton.jit(kernel, do_not_specialize=runtime)
-
-
-@triton.jit
-def exp(x):
-    """``exp(x)``; the rounding of ``x * log2(e)``, many ulp of the result far from 0, is put right to first order."""
-    p = x * LOG2_E
-    e = tl.exp2(p)
-    missing = tl.fma(x, LOG2_E, -p)
-    return tl.where(e < float("inf"), tl.fma(e, missing * LN_2, e), e)
-
-
-@triton.jit
-def softplus(x):
-    """``log1p(exp(x))`` up to 20, then ``x``."""
-    e = exp(x)
-    w = 1.0 + e
-    # log1p(e) = log(w) + what the rounding of 1 + e lost.
-    return tl.where(x <= 20.0, tl.log(w) + (e - (w - 1.0)) / w, x)
-
-
-@triton.jit
-def sum_over_states(x, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``[BLOCK_N, BLOCK_D] -> [BLOCK_D]``: the upper half of the states is added to the lower until one is left."""
-    for i in tl.static_range(8):  # N <= 256
-        if (BLOCK_N >> i) > 1:
-            halves = tl.permute(tl.reshape(x, [2, BLOCK_N >> (i + 1), BLOCK_D]), [1, 2, 0])
-            lower, upper = tl.split(halves)
-            x = lower + upper
-    return tl.reshape(x, [BLOCK_D])
-
-
-@triton.jit
-def ssm_token(
-    h,  # [BLOCK_N, BLOCK_D] float32, the state before this token
-    a,  # [BLOCK_N, BLOCK_D] float32, A * log2(e)
-    skip,  # [BLOCK_D] float32, D
-    bias,  # [BLOCK_D] float32, delta_bias
-    u,  # [BLOCK_D]
-    delta,  # [BLOCK_D]
-    z,  # [BLOCK_D]
-    b,  # [BLOCK_N, 1] or [BLOCK_N, BLOCK_D]
-    c,  # as b
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_D: tl.constexpr,
-    HAS_Z: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-):
-    """One step of the recurrence for one token: ``(state after it, gated output [BLOCK_D] float32)``."""
-    u = u.to(tl.float32)
-    delta = delta.to(tl.float32)
-    if HAS_BIAS:
-        delta = delta + bias
-    if SOFTPLUS:
-        delta = softplus(delta)
-    h = tl.fma(tl.exp2(a * delta[None, :]), h, b.to(tl.float32) * (delta * u)[None, :])
-    y = sum_over_states(h * c.to(tl.float32), BLOCK_N, BLOCK_D)
-    if HAS_D:
-        y = tl.fma(u, skip, y)
-    if HAS_Z:
-        z = z.to(tl.float32)
-        y = y * tl.div_rn(z, 1.0 + exp(-z))
-    return h, y
+ROW_STATE_SIZES = (4, 8, 16, 32)
+"""State sizes of the kernel for rows: whole loads of four states, and at most 16 states a thread."""
 
 
 @triton.jit
@@ -310,27 +222,73 @@ def selective_scan_triton(
 
     strides = [by_token(x) for x in (u, delta, z, out)]
     B_strides, C_strides = by_group(B), by_group(C)
-    grid = (sequences, triton.cdiv(channels, BLOCK_D))
+    token_major = all(stride[-1] == 1 for stride in (*strides, B_strides, C_strides))
+    options = {
+        "VARLEN": varlen,
+        "HAS_D": D is not None,
+        "HAS_Z": z is not None,
+        "HAS_BIAS": delta_bias is not None,
+        "SOFTPLUS": delta_softplus,
+        "HAS_STATE": ssm_states is not None,
+        "HAS_SLOTS": cache_indices is not None,
+        "HAS_INITIAL": has_initial_state is not None,
+        "HAS_LAST": last_state is not None,
+    }
+    tensors = (
+        u, delta, z, out, A, B, C, D, delta_bias,
+        ssm_states, last_state, query_start_loc, cache_indices, has_initial_state,
+    )  # fmt: skip
+    length = 0 if varlen else u.shape[-1]
+    vector_strides = (
+        0 if D is None else D.stride(0), 0 if delta_bias is None else delta_bias.stride(0),
+        *((0, 0, 0) if ssm_states is None else ssm_states.stride()),
+    )  # fmt: skip
     with torch.cuda.device_of(u):
-        _selective_scan_kernel[grid](
-            u, delta, z, out, A, B, C, D, delta_bias,
-            ssm_states, last_state, query_start_loc, cache_indices, has_initial_state,
-            0 if varlen else u.shape[-1], channels, channels // groups, pad_slot_id,
-            *strides[0], *strides[1], *strides[2], *strides[3],
-            *A.stride(), *B_strides, *C_strides,
-            0 if D is None else D.stride(0), 0 if delta_bias is None else delta_bias.stride(0),
-            *((0, 0, 0) if ssm_states is None else ssm_states.stride()),
-            STEPS=STEPS,
-            TOKEN_MAJOR=all(stride[-1] == 1 for stride in (*strides, B_strides, C_strides)),
-            ONE_GROUP=groups == 1,
-            VARLEN=varlen,
-            HAS_D=D is not None,
-            HAS_Z=z is not None,
-            HAS_BIAS=delta_bias is not None,
-            SOFTPLUS=delta_softplus,
-            HAS_STATE=ssm_states is not None,
-            HAS_SLOTS=cache_indices is not None,
-            HAS_INITIAL=has_initial_state is not None,
-            HAS_LAST=last_state is not None,
-            **launch_shape(n),
-        )  # fmt: skip
+        if token_major and groups == 1 and n in ROW_STATE_SIZES and _in_fours(B) and _in_fours(C):
+            shape = rows_launch_shape(sequences, channels, n)
+            selective_scan_rows_kernel[sequences, triton.cdiv(channels, shape["BLOCKS"] * shape["BLOCK_D"])](
+                *tensors, length, channels, pad_slot_id,
+                *(stride[0] for stride in strides), *A.stride(), B_strides[0], C_strides[0], *vector_strides,
+                *(stride[1] for stride in strides), B_strides[1], C_strides[1],
+                **shape, **options,
+            )  # fmt: skip
+        else:
+            _selective_scan_kernel[sequences, triton.cdiv(channels, BLOCK_D)](
+                *tensors, length, channels, channels // groups, pad_slot_id,
+                *strides[0], *strides[1], *strides[2], *strides[3],
+                *A.stride(), *B_strides, *C_strides, *vector_strides,
+                STEPS=STEPS, TOKEN_MAJOR=token_major, ONE_GROUP=groups == 1, **launch_shape(n), **options,
+            )  # fmt: skip
+
+
+def _in_fours(x: torch.Tensor) -> bool:
+    """Whether every token's B or C ``[.., N, L]`` can be read four states a load."""
+    four = 4 * x.element_size()
+    strides = [x.stride(-1), *([x.stride(0)] if x.dim() == 4 else [])]
+    return x.data_ptr() % four == 0 and all(stride * x.element_size() % four == 0 for stride in strides)
+
+
+def rows_launch_shape(sequences: int, channels: int, n: int) -> dict[str, int | bool]:
+    """Launch of the kernel for rows: more lanes a channel where there are few (sequence, channel) pairs.
+
+    The H100 and H200 have 528 schedulers. With work for four warps each, the traffic of B and C from the first cache
+    to the registers decides: one lane a channel, and two channels a lane share what is loaded. With less, a wait is
+    not hidden by other warps: lanes are added to have more of them, and everything is loaded a group of tokens
+    ahead. Results do not depend on the choice.
+    """
+    warps = sequences * triton.cdiv(channels, 32)  # at one lane a channel
+    lanes = 1 if warps >= 2112 else 2 if warps > 264 else 4
+    lanes = min(max(lanes, n // 16), n // 4)  # 4 to 16 states a thread
+    block_d = 32 // lanes
+    blocks = 2 if lanes == 1 else 1
+    return {
+        "N": n,
+        "LANES": lanes,
+        "BLOCK_D": block_d,
+        "BLOCKS": blocks,
+        "EVEN_D": channels % (blocks * block_d) == 0,
+        "STEPS": 4 if lanes == 1 else 8,
+        "BC_AHEAD": lanes > 1,
+        "num_warps": 1,
+        "enable_fp_fusion": False,
+    }

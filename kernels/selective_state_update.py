@@ -15,14 +15,20 @@ from __future__ import annotations
 import torch
 
 from tp_mamba.kernels.checks import (
+    PAD_SLOT_NAME,
+    SPECULATION,
     check_device,
     check_floating,
     check_indices,
     check_shape,
     check_state_size,
+    not_supported,
     refuse_grad,
+    slot_column,
+    without_gaps,
 )
 from tp_mamba.kernels.dispatch import use_triton
+from tp_mamba.kernels.selective_scan import selective_scan_fn
 
 _OP = "selective_state_update"
 
@@ -61,6 +67,12 @@ def _selective_state_update_fake(*args: object) -> None:
     return None
 
 
+@not_supported(
+    _OP,
+    null_block_id=PAD_SLOT_NAME,
+    dst_state_batch_indices="copy the slots first and pass those of the copies as state_batch_indices",
+    num_accepted_tokens=SPECULATION,
+)
 def selective_state_update(
     state: torch.Tensor,
     x: torch.Tensor,
@@ -74,6 +86,7 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: torch.Tensor | None = None,
     *,
+    cu_seqlens: torch.Tensor | None = None,
     pad_slot_id: int = -1,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -93,9 +106,13 @@ def selective_state_update(
         dt_bias: ``[D]`` (``[heads, D]``), added to ``dt`` in float32.
         dt_softplus: apply softplus to the time steps.
         state_batch_indices: ``[B]`` int, the slot of each row; by default row ``b`` has slot ``b``. Slots are
-            distinct and in range: they are read on the device and not checked.
+            distinct and in range: they are read on the device and not checked. ``[B, 1]`` will do; a column of a
+            wider table is copied.
+        cu_seqlens: ``[S + 1]`` int32, non-decreasing: rows ``[s]`` to before ``[s + 1]`` are successive tokens of
+            sequence ``s``, for which ``state_batch_indices`` is ``[S]``. Without heads only. It is the scan that
+            runs: a sequence at ``pad_slot_id`` starts from zero, and rows outside all sequences stay unwritten.
         pad_slot_id: rows with this index change nothing and output zeros.
-        out: written and returned; shape of ``x``, any float dtype.
+        out: written and returned; shape of ``x``, any float dtype; shares no memory with another argument.
 
     Returns:
         ``out`` in the shape (and unless given the dtype) of ``x``.
@@ -113,6 +130,10 @@ def selective_state_update(
     check_indices(_OP, indices)
     check_device(_OP, x.device, "x", named + indices)
 
+    if cu_seqlens is not None:
+        return _several_tokens(
+            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, cu_seqlens, pad_slot_id, out
+        )  # fmt: skip
     if x.dim() not in (2, 3):
         raise ValueError(f"{_OP}: x has {x.dim()} dimensions but must be [B, D] or [B, heads, D]; reshape x")
     channels = x.shape[1:]
@@ -142,6 +163,7 @@ def selective_state_update(
         raise ValueError(
             f"{_OP}: B has {groups} groups for {channels[0]} {of} but G must divide their number; regroup B"
         )
+    state_batch_indices = slot_column(_OP, "state_batch_indices", state_batch_indices)
     check_shape(_OP, "state_batch_indices", state_batch_indices, "[B]", (x.shape[0],))
     slots_needed = x.shape[0] if state_batch_indices is None else 0
     if state.shape[1:] != A.shape or state.shape[0] < slots_needed:
@@ -154,6 +176,44 @@ def selective_state_update(
     if out is None:
         out = torch.empty_like(x)
     torch.ops.tp_mamba.selective_state_update(
-        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, pad_slot_id, out
+        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, without_gaps(state_batch_indices), pad_slot_id, out
     )
     return out
+
+
+def _several_tokens(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    dt_softplus: bool,
+    state_batch_indices: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    pad_slot_id: int,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Successive tokens of each sequence: the scan over transposed views, from and into the slots."""
+    if x.dim() != 2 or B.dim() not in (2, 3) or C.dim() not in (2, 3):
+        raise ValueError(
+            f"{_OP}: x has shape {list(x.shape)}, B {list(B.shape)} and C {list(C.shape)} but with cu_seqlens they "
+            "must be [T, D], [T, N] or [T, G, N], and as B; flatten heads into channels"
+        )
+    for name, tensor in (("dt", dt), ("z", z), ("out", out)):
+        check_shape(_OP, name, tensor, "[T, D]", x.shape)
+    B, C = (y.t() if y.dim() == 2 else y.permute(1, 2, 0) for y in (B, C))
+    y = selective_scan_fn(
+        x.t(), dt.t(), A, B, C, D, None if z is None else z.t(), dt_bias, dt_softplus,
+        query_start_loc=cu_seqlens,
+        cache_indices=state_batch_indices,
+        has_initial_state=x.new_ones(max(cu_seqlens.numel() - 1, 0), dtype=torch.bool),
+        ssm_states=state,
+        pad_slot_id=pad_slot_id,
+        out=None if out is None else out.t(),
+    )  # fmt: skip
+    assert isinstance(y, torch.Tensor)
+    return y.t() if out is None else out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tp_mamba.kernels.selective_scan_cpu import MATMUL_STATES
+from tp_mamba.kernels.selective_scan_cpu import LOG2_E, MATMUL_STATES
 
 
 def selective_state_update_cpu(
@@ -42,9 +42,11 @@ def selective_state_update_cpu(
         index = state_batch_indices[rows]
     else:
         rows, some, index = None, out, state_batch_indices
-    h = state.index_select(0, index)
-    _step(h, x, dt, A, B, C, D, z, dt_bias, dt_softplus, some, dtype)
-    state.index_copy_(0, index.long(), h)
+    # Gathered in the order in which the states are stored: channels are contiguous in ours, states in mamba_ssm's.
+    stored = state.mT if state.stride(-1) > state.stride(-2) else state
+    h = stored.index_select(0, index)
+    _step(h.mT if stored is not state else h, x, dt, A, B, C, D, z, dt_bias, dt_softplus, some, dtype)
+    stored.index_copy_(0, index.long(), h)
     if rows is not None:
         out.index_copy_(0, rows, some)
 
@@ -65,28 +67,30 @@ def _step(
 ) -> None:
     """Advance ``state [rows, (heads,) D, N]``, one row of it a row of ``x``, in place and write ``out``."""
     # `.to` is free for a tensor that has the dtype already.
-    x, dt, B, C = x.to(dtype), dt.to(dtype), B.to(dtype), C.to(dtype)
+    x, dt, B, C = x.to(dtype), dt.to(dtype), _like_channels(B.to(dtype), x), _like_channels(C.to(dtype), x)
     if dt_bias is not None:
         dt = dt + dt_bias.to(dtype)
     if dt_softplus:
         dt = F.softplus(dt, threshold=20.0)
-    B, C = _like_channels(B, x), _like_channels(C, x)
-    decay = torch.mul(dt.unsqueeze(-1), A.to(dtype)).exp_()
+    decay = torch.mul((dt * LOG2_E).unsqueeze(-1), A.to(dtype)).exp2_()
     increment = (dt * x).unsqueeze(-1)
     if state.dtype == dtype:
         h = state.mul_(decay).addcmul_(increment, B)
     else:
         h = decay.mul_(state.to(dtype)).addcmul_(increment, B)
         state.copy_(h)
-    if C.shape[-2] == 1 and C.shape[-1] <= MATMUL_STATES:
-        y = torch.matmul(h, C.transpose(-1, -2)).squeeze(-1)
-    else:
+    if C.shape[-2] > 1 or C.shape[-1] > MATMUL_STATES:
         y = (h * C).sum(-1)
+    elif C.dim() == 3:
+        y = torch.bmm(C, h.mT).squeeze(1)
+    else:
+        y = torch.matmul(C, h.mT).squeeze(2)
     if D is not None:
         y.addcmul_(x, D.to(dtype))
-    if z is not None:
-        y.mul_(F.silu(z.to(dtype)))
-    out.copy_(y)
+    if z is None:
+        out.copy_(y)
+    else:
+        torch.mul(y, F.silu(z.to(dtype)), out=out)
 
 
 def _like_channels(x: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:

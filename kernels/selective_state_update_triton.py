@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tp_mamba.kernels.selective_scan_triton import BLOCK_D, LOG2_E, jit_by_type, launch_shape, ssm_token
+from tp_mamba.kernels.approx_triton import LOG2_E
+from tp_mamba.kernels.ssm_token_triton import BLOCK_D, jit_by_type, launch_shape, ssm_token
 
 
 @jit_by_type

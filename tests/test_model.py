@@ -151,13 +151,16 @@ def test_the_epsilon_of_the_block_norms_is_the_configs(tmp_path: Path) -> None:
 
 
 def test_the_residual_is_kept_in_float32_if_the_config_says_so(tmp_path: Path) -> None:
-    """Forty bf16 layers: the sum over layers in float32 is closer to the truth than the sum in bf16."""
+    """Forty bf16 layers of small outputs: a sum in bf16 rounds away more of them than the layers err themselves."""
     errors = {}
     for wide in (True, False):
         oracle = mamba(residual_in_fp32=wide, num_hidden_layers=40).bfloat16()
+        with torch.no_grad():
+            for layer in oracle.backbone.layers:
+                layer.mixer.out_proj.weight /= 64
         oracle.save_pretrained(tmp_path / str(wide))
         ids = torch.arange(20)[None]
         exact = MambaForCausalLM.from_pretrained(tmp_path / str(wide), dtype=torch.float64)(ids)
         model = MambaForCausalLM.from_pretrained(tmp_path / str(wide), dtype=torch.bfloat16)
         errors[wide] = float((model(ids) - exact).norm() / exact.norm())
-    assert errors[True] < errors[False], errors
+    assert errors[True] < 0.5 * errors[False], errors

@@ -29,6 +29,8 @@ from torch import nn
 
 from tp_mamba.collectives import copy_to_tp
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from tp_mamba.kernels.dt_bc_split import split_dt_bc
+from tp_mamba.kernels.linear_softplus import linear_softplus
 from tp_mamba.kernels.selective_scan import selective_scan_fn
 from tp_mamba.kernels.selective_state_update import selective_state_update
 from tp_mamba.layers.conv import ColumnParallelConv1d
@@ -146,7 +148,7 @@ class MambaMixer(nn.Module):
         self.in_proj = MergedColumnParallelLinear(hidden_size, [D, D], bias=use_bias, **named("in_proj"))
         self.conv1d = ColumnParallelConv1d(D, conv_kernel_size, bias=use_conv_bias, **named("conv1d"))
         self.x_proj = RowParallelLinear(D, R + 2 * N, bias=False, reduce_in_float32=True, **named("x_proj"))
-        # The bias stays out of the GEMM: the scan adds it in float32, before the softplus.
+        # The bias stays out of the layer: linear_softplus adds it in float32, before the softplus.
         self.dt_proj = ColumnParallelLinear(
             R, D, skip_bias_add=True, bias_in_float32=True, **named("dt_proj")
         )
@@ -244,8 +246,8 @@ class MambaMixer(nn.Module):
         x_TD, z_TD = self.in_proj(h_TH).chunk(2, dim=-1)
         u_TD = self._convolve(x_TD, z_TD, metadata, state)
         dt_TR, B_TN, C_TN = self._project_time_steps(u_TD)
-        delta_TD, delta_bias_D = self.dt_proj(dt_TR)
-        y_TD = self._scan(u_TD, z_TD, delta_TD, delta_bias_D, B_TN, C_TN, metadata, state)
+        delta_TD = linear_softplus(copy_to_tp(dt_TR, self.tp), self.dt_proj.weight, self.dt_proj.bias)
+        y_TD = self._scan(u_TD, z_TD, delta_TD, B_TN, C_TN, metadata, state)
         return self.out_proj(y_TD).view(shape)
 
     def _convolve(
@@ -285,20 +287,26 @@ class MambaMixer(nn.Module):
 
     def _project_time_steps(self, u_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``dt [T, R]`` in the model's dtype, ``B`` and ``C [T, N]`` in float32; the one reduce of x_proj."""
-        R, N = self.time_step_rank, self.ssm_state_size
-        dt_TR, B_TN, C_TN = self.x_proj(u_TD).split([R, N, N], dim=-1)
-        if self.use_rms_norm:
-            dt_TR = self.dt_layernorm(dt_TR, out_dtype=self.dtype)  # type: ignore[misc]
-            B_TN, C_TN = self.b_layernorm(B_TN), self.c_layernorm(C_TN)  # type: ignore[misc]
-        # dt needs no copy_to_tp here: dt_proj, being column-parallel, begins with one.
-        return dt_TR.to(self.dtype), copy_to_tp(B_TN, self.tp), copy_to_tp(C_TN, self.tp)
+        x_dbl = self.x_proj(u_TD)
+        norms = (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
+        dt_weight, b_weight, c_weight = (None if norm is None else norm.weight for norm in norms)
+        dt_TR, B_TN, C_TN = split_dt_bc(
+            x_dbl,
+            self.time_step_rank,
+            self.ssm_state_size,
+            dt_weight=dt_weight,
+            b_weight=b_weight,
+            c_weight=c_weight,
+            eps=None if self.dt_layernorm is None else self.dt_layernorm.eps,
+            dt_dtype=self.dtype,
+        )
+        return dt_TR, copy_to_tp(B_TN, self.tp), copy_to_tp(C_TN, self.tp)
 
     def _scan(
         self,
         u_TD: torch.Tensor,
         z_TD: torch.Tensor,
         delta_TD: torch.Tensor,
-        delta_bias_D: torch.Tensor,
         B_TN: torch.Tensor,
         C_TN: torch.Tensor,
         metadata: MambaMetadata,
@@ -319,8 +327,6 @@ class MambaMixer(nn.Module):
                 C_TN[:cut],
                 self.D,
                 batch.gate_d,
-                delta_bias_D,
-                dt_softplus=True,
                 state_batch_indices=batch.state_indices_tensor_d,
                 pad_slot_id=NULL_SLOT,
                 out=y_TD[:cut],
@@ -334,8 +340,6 @@ class MambaMixer(nn.Module):
                 C_TN[cut:].t(),
                 self.D,
                 batch.gate_p.t(),
-                delta_bias_D,
-                delta_softplus=True,
                 query_start_loc=batch.query_start_loc_p,
                 cache_indices=None if ssm_state is None else batch.state_indices_tensor_p,
                 has_initial_state=None if ssm_state is None else batch.has_initial_states_p,

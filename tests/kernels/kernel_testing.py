@@ -21,7 +21,15 @@ Far below zero ``log(1 + exp(x))`` loses every digit (a third of the value at -1
 before 20 is off by 7e-4 of the value at 5.5 and by 3e-6 at 10.5, both many times the rounding of float32. From
 89 on, ``exp`` is infinite."""
 
-TRITON_MODULES = ("tp_mamba.kernels.selective_scan_triton", "tp_mamba.kernels.selective_state_update_triton")
+TRITON_MODULES = (
+    "tp_mamba.kernels.approx_triton",
+    "tp_mamba.kernels.ssm_token_triton",
+    "tp_mamba.kernels.selective_scan_rows_triton",
+    "tp_mamba.kernels.linear_softplus_triton",
+    "tp_mamba.kernels.selective_scan_triton",
+    "tp_mamba.kernels.selective_state_update_triton",
+    "tp_mamba.kernels.skinny_linear_triton",
+)
 
 
 def triton_device(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
@@ -40,9 +48,10 @@ def triton_device(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
         monkeypatch.delitem(sys.modules, module)
     package = importlib.import_module("tp_mamba.kernels")
     for module in TRITON_MODULES:
-        monkeypatch.setattr(
-            package, module.rpartition(".")[2], importlib.import_module(module), raising=False
-        )
+        # An import sets the package's attribute: what to restore is remembered before it.
+        monkeypatch.setattr(package, module.rpartition(".")[2], None, raising=False)
+    for module in TRITON_MODULES:
+        importlib.import_module(module)
     return torch.device("cpu")
 
 
@@ -64,12 +73,15 @@ def double(inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs | {name: x.double() for name, x in floating.items()}
 
 
-def assert_within_twice(actual: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor) -> None:
+def assert_within_twice(
+    actual: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor, approximate: float = 0.0
+) -> None:
     """``actual`` errs, against the float64 ``exact``, at most twice as much as ``reference`` in its dtype does.
 
     In the norm, every element's error taken relative to its size plus the typical size, so that a few large elements
     do not decide; and in the worst element, with 4 ulp of the largest value on top, because the worst of a few is a
-    matter of luck (and exponential and division are allowed 2 ulp each on a GPU).
+    matter of luck (and exponential and division are allowed 2 ulp each on a GPU). ``approximate``: float32 ulp, on the
+    average of the elements, that those two add where they make up the result instead of entering long sums.
     """
     assert actual.shape == exact.shape
     assert actual.isfinite().all()
@@ -78,9 +90,8 @@ def assert_within_twice(actual: torch.Tensor, reference: torch.Tensor, exact: to
     assert error.max() <= bound, f"largest error {error.max():.3e} > {bound:.3e}"
     size = exact.abs() + exact.square().mean().sqrt() + torch.finfo(exact.dtype).tiny
     error, allowed = error / size, allowed / size
-    assert error.norm() <= 2 * allowed.norm(), (
-        f"norm of the error {error.norm():.3e} > 2 x {allowed.norm():.3e}"
-    )
+    bound = 2 * allowed.norm() + approximate * torch.finfo(torch.float32).eps * exact.numel() ** 0.5
+    assert error.norm() <= bound, f"norm of the error {error.norm():.3e} > {bound:.3e}"
 
 
 def poisoned_like(x: torch.Tensor) -> torch.Tensor:

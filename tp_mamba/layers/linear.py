@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tp_mamba.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
+from tp_mamba.kernels.linear import linear
+from tp_mamba.kernels.skinny_linear import prefers_skinny, skinny_linear
 from tp_mamba.layers.init import initialize, uniform
 from tp_mamba.sharding import Split, declare, padded_size
 from tp_mamba.tensor_parallel import TensorParallel, checked
@@ -148,7 +150,7 @@ class ColumnParallelLinear(ParallelLinear):
 
     def forward(self, x: torch.Tensor) -> Output:
         """``x [..., in]`` -> ``y``, or ``(y, bias)`` with ``skip_bias_add``."""
-        y = F.linear(copy_to_tp(x, self.tp), self.weight, None if self.skip_bias_add else self.bias)
+        y = linear(copy_to_tp(x, self.tp), self.weight, None if self.skip_bias_add else self.bias)
         if self.gather_output:
             y = self._gather(y)
         return (y, self.bias) if self.skip_bias_add else y
@@ -283,9 +285,13 @@ class RowParallelLinear(ParallelLinear):
 
     def _partial(self, x: torch.Tensor) -> torch.Tensor:
         if not self.reduce_in_float32 or x.dtype in (torch.float32, torch.float64):
-            return F.linear(x, self.weight)
+            return linear(x, self.weight)
         if x.is_cuda and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
             # The GEMM accumulates in float32 anyway; this keeps its result from being rounded on the way out.
-            y = torch.mm(x.flatten(0, -2), self.weight.t(), out_dtype=torch.float32)
+            rows = x.flatten(0, -2)
+            if prefers_skinny(len(rows), *self.weight.shape, x.dtype):
+                y = skinny_linear(rows, self.weight, out_dtype=torch.float32)
+            else:
+                y = torch.mm(rows, self.weight.t(), out_dtype=torch.float32)
             return y.unflatten(0, x.shape[:-1])
-        return F.linear(x.float(), self.weight.float())  # mm's out_dtype serves GPUs alone, and no gradient
+        return linear(x.float(), self.weight.float())  # mm's out_dtype serves GPUs alone, and no gradient

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tp_mamba.collectives import copy_to_tp, gather_from_tp, reduce_from_tp
+from tp_mamba.kernels.linear import linear
 from tp_mamba.layers.init import initialize
 from tp_mamba.layers.linear import check_rank_count
 from tp_mamba.sharding import Split, declare
@@ -106,7 +107,7 @@ class ParallelLMHead(nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """``h [..., H]`` -> float32 (float64 in a float64 model) logits ``[..., V]``."""
-        local = F.linear(copy_to_tp(h, self.tp), self.weight)
+        local = linear(copy_to_tp(h, self.tp), self.weight)
         logits = gather_from_tp(local, self.tp)[..., : self.num_embeddings]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

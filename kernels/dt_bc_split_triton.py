@@ -1,0 +1,85 @@
+"""Triton kernel that cuts x_proj's output into dt, B and C, with or without their norms: one read, one write.
+
+B and C of T tokens are ``2 T`` rows of N columns that lie one after another, in ``x`` as in ``bc``: one tile holds
+both. A row is summed within one program in an order that depends on its length alone, so its bits depend neither
+on the other rows nor on their number.
+"""
+
+# mypy: disable-error-code="no-untyped-def,assignment"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["T"])
+def _split_kernel(
+    dt_ptr,  # [T, R] contiguous, any float, written
+    bc_ptr,  # [T, 2 N] float32 contiguous, written
+    x_ptr,  # [T, R + 2 N], any float, read
+    dt_weight_ptr,  # [R] contiguous, any float, or None, read
+    b_weight_ptr,  # [N], the same
+    c_weight_ptr,  # [N], the same
+    T,
+    eps,  # None: no norms
+    x_stride_t: tl.int64,
+    x_stride_c,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    first_t = tl.program_id(0).to(tl.int64) * BLOCK_T
+    t = first_t + tl.arange(0, BLOCK_T)[:, None]
+    r = tl.arange(0, BLOCK_R)[None, :]
+    r_mask = r < R
+    dt_mask = (t < T) & r_mask
+    row = tl.arange(0, 2 * BLOCK_T)[:, None]
+    bc_t = first_t + row // 2
+    is_c = row % 2
+    n = tl.arange(0, BLOCK_N)[None, :]
+    n_mask = n < N
+    bc_mask = (bc_t < T) & n_mask
+
+    dt = tl.load(x_ptr + t * x_stride_t + r * x_stride_c, mask=dt_mask, other=0.0).to(tl.float32)
+    p_bc = x_ptr + bc_t * x_stride_t + (R + is_c * N + n) * x_stride_c
+    bc = tl.load(p_bc, mask=bc_mask, other=0.0).to(tl.float32)
+    if eps is not None:
+        dt *= tl.rsqrt(tl.sum(dt * dt, axis=1, keep_dims=True) / R + eps)
+        bc *= tl.rsqrt(tl.sum(bc * bc, axis=1, keep_dims=True) / N + eps)
+        if dt_weight_ptr is not None:
+            dt *= tl.load(dt_weight_ptr + r, mask=r_mask, other=0.0).to(tl.float32)
+        if b_weight_ptr is not None:
+            bc *= tl.where(is_c == 0, tl.load(b_weight_ptr + n, mask=n_mask, other=0.0).to(tl.float32), 1.0)
+        if c_weight_ptr is not None:
+            bc *= tl.where(is_c == 1, tl.load(c_weight_ptr + n, mask=n_mask, other=0.0).to(tl.float32), 1.0)
+    tl.store(dt_ptr + t * R + r, dt.to(dt_ptr.dtype.element_ty), mask=dt_mask)
+    tl.store(bc_ptr + (2 * first_t + row) * N + n, bc, mask=bc_mask)
+
+
+def launch(
+    dt: torch.Tensor,
+    bc: torch.Tensor,
+    x: torch.Tensor,
+    dt_weight: torch.Tensor | None,
+    b_weight: torch.Tensor | None,
+    c_weight: torch.Tensor | None,
+    eps: float | None,
+) -> None:
+    """Write ``dt [T, R]`` and ``bc [T, 2 N]``, both contiguous, from ``x [T, R + 2 N]``; weights are contiguous."""
+    (T, R), N = dt.shape, bc.shape[1] // 2
+    if T == 0:
+        return
+    block_r, block_n = triton.next_power_of_2(R), triton.next_power_of_2(N)
+    # Four rows or, of short ones, more; up to R = 256 no sum leaves its warp.
+    block_t = max(4, 2048 // triton.next_power_of_2(block_r + 2 * block_n))
+    # The stride of a single row says nothing: it must not compile a kernel of its own.
+    stride_t = x.shape[1] if T == 1 else x.stride(0)
+    with torch.cuda.device_of(x):
+        _split_kernel[(triton.cdiv(T, block_t),)](
+            dt, bc, x, dt_weight, b_weight, c_weight, T, eps, stride_t, x.stride(1), R, N,
+            BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_N=block_n, num_warps=min(32, max(4, block_r // 512)),
+        )  # fmt: skip

@@ -1,0 +1,338 @@
+"""The selective scan for the layout that a mixer has: channels contiguous, B and C one group, N a power of two.
+
+One warp runs one (sequence, block of channels). ``LANES`` threads share a channel, each with ``N / LANES`` of its
+states as scalars in registers: no state is ever exchanged, B and C arrive four states a load, addresses are
+constants, and per token a thread issues five instructions a state (a decay's exponent and exponential, the input's
+product, the state, the output's sum) and about forty others. One lane a channel issues fewest; where that makes
+too few warps to hide anything (one long sequence), 2 or 4 lanes make more, at the price of repeating the forty.
+
+Bits are those of ``selective_scan_triton``: the sum over states is cut and added in one order everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from tp_mamba.kernels.approx_triton import LOG2_E, ex2, silu, softplus
+from tp_mamba.kernels.ssm_token_triton import jit_by_type
+
+
+@triton.jit
+def _load_rows(
+    u_ptr, delta_ptr, z_ptr, i: tl.constexpr, mask,
+    u_stride_t: tl.constexpr, delta_stride_t: tl.constexpr, z_stride_t: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr, HAS_Z: tl.constexpr,
+):  # fmt: skip
+    """``u, delta, z [1, BLOCK_D]`` of the i-th token from here, for each block; without a gate, u stands in for z."""
+    rows = ()
+    for k in tl.static_range(BLOCKS):
+        u = tl.load(u_ptr + (i * u_stride_t + k * BLOCK_D), mask=mask[k])
+        delta = tl.load(delta_ptr + (i * delta_stride_t + k * BLOCK_D), mask=mask[k])
+        z = u
+        if HAS_Z:
+            z = tl.load(z_ptr + (i * z_stride_t + k * BLOCK_D), mask=mask[k])
+        rows = rows + ((u, delta, z),)  # noqa: RUF005 - Triton has no unpacking
+    return rows
+
+
+@triton.jit
+def _load_states(ptr, four, offset: tl.constexpr, mask, LANES: tl.constexpr, PER_LANE: tl.constexpr):
+    """A token's B or C, a tuple of ``PER_LANE`` tensors ``[LANES, BLOCK_D]`` float32; four states in each load."""
+    FOUR: tl.constexpr = (
+        ptr.dtype.element_ty.primitive_bitwidth // 2
+    )  # bytes; the launcher has seen to alignment
+    states = ()
+    for m in tl.static_range(PER_LANE // 4):
+        x = tl.load(tl.multiple_of(ptr + offset + m * 4 * LANES, FOUR) + four, mask=mask).to(tl.float32)
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2]))
+        s0, s2 = tl.split(even)
+        s1, s3 = tl.split(odd)
+        states = states + (s0, s1, s2, s3)  # noqa: RUF005 - Triton has no unpacking
+    return states
+
+
+@triton.jit
+def _add(x, y):
+    return x + y
+
+
+@triton.jit
+def _token(
+    h, a, skip, bias, u, delta, z, b, c,
+    LANES: tl.constexpr, PER_LANE: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """One step of the recurrence: ``(states after it, gated output [1, BLOCK_D] float32)``."""
+    u = u.to(tl.float32)
+    delta = delta.to(tl.float32)
+    if HAS_BIAS:
+        delta = delta + bias
+    if SOFTPLUS:
+        delta = softplus(delta)
+    du = delta * u
+    after = ()
+    chains = ()
+    y = du
+    for i in tl.static_range(PER_LANE):
+        s = tl.fma(ex2(a[i] * delta), h[i], b[i] * du)
+        after = after + (s,)  # noqa: RUF005
+        y = s * c[i] if i % 4 == 0 else tl.fma(s, c[i], y)
+        if i % 4 == 3:
+            chains = chains + (y,)  # noqa: RUF005
+    # The upper half of the chains is added to the lower until one is left, first here, then across lanes.
+    for k in tl.static_range(3):
+        if len(chains) > 1:
+            halved = ()
+            for m in tl.static_range(len(chains) // 2):
+                halved = halved + (chains[m] + chains[m + len(chains) // 2],)  # noqa: RUF005
+            chains = halved
+    y = chains[0]
+    if LANES > 1:
+        # A reduction over lanes exchanges the halves first: the same order once more.
+        y = tl.reduce(y, 0, _add, keep_dims=True)
+    if HAS_D:
+        y = tl.fma(u, skip, y)
+    if HAS_Z:
+        y = y * silu(z.to(tl.float32))
+    return after, y
+
+
+@triton.jit
+def _tokens(
+    h, a, skip, bias, rows, b, c, out_ptr, inside,
+    LANES: tl.constexpr, PER_LANE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """One token of every block of channels: its output is stored, the states after it are returned."""
+    after = ()
+    for k in tl.static_range(BLOCKS):
+        u, delta, z = rows[k]
+        h_k, y = _token(
+            h[k], a[k], skip[k], bias[k], u, delta, z, b, c, LANES, PER_LANE, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS
+        )
+        tl.store(out_ptr + k * BLOCK_D, y.to(out_ptr.dtype.element_ty), mask=inside[k])
+        after = after + (h_k,)  # noqa: RUF005
+    return after
+
+
+@jit_by_type
+@no_type_check  # a Triton kernel's body is not Python
+def selective_scan_rows_kernel(
+    u_ptr,  # [B, L, D] or [T, D], any float, in
+    delta_ptr,  # as u
+    z_ptr,  # as u, or None
+    out_ptr,  # as u, out
+    A_ptr,  # [D, N]
+    B_ptr,  # [B, L, N] or [T, N]
+    C_ptr,  # as B
+    D_ptr,  # [D] or None
+    bias_ptr,  # [D] or None
+    state_ptr,  # [slots, D, N] or None, in and out
+    last_ptr,  # [S, D, N] float32 contiguous, or None, out
+    start_ptr,  # [S + 1] int, or None: dense
+    slot_ptr,  # [S] int, or None: slot s for sequence s
+    initial_ptr,  # [S] bool, or None: no sequence has one
+    length: tl.int32,  # of every sequence of a dense batch
+    channels: tl.int32,
+    pad_slot_id: tl.int64,
+    u_stride_s: tl.int64, delta_stride_s: tl.int64, z_stride_s: tl.int64, out_stride_s: tl.int64,
+    A_stride_d: tl.int64, A_stride_n: tl.int64, B_stride_s: tl.int64, C_stride_s: tl.int64,
+    D_stride: tl.int64, bias_stride: tl.int64,
+    state_stride_s: tl.int64, state_stride_d: tl.int64, state_stride_n: tl.int64,
+    # A model has one of each, whatever the batch: as constants they cost no instruction.
+    u_stride_t: tl.constexpr, delta_stride_t: tl.constexpr, z_stride_t: tl.constexpr,
+    out_stride_t: tl.constexpr, B_stride_t: tl.constexpr, C_stride_t: tl.constexpr,
+    N: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of channels, which share one load of B and C
+    EVEN_D: tl.constexpr,  # BLOCKS * BLOCK_D divides channels
+    STEPS: tl.constexpr,
+    BC_AHEAD: tl.constexpr,  # B and C, too, are loaded a group ahead
+    VARLEN: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HAS_LAST: tl.constexpr,
+):  # fmt: skip
+    PER_LANE: tl.constexpr = N // LANES
+    FOUR_B: tl.constexpr = B_ptr.dtype.element_ty.primitive_bitwidth // 2  # bytes of four states
+    FOUR_C: tl.constexpr = C_ptr.dtype.element_ty.primitive_bitwidth // 2
+    i_s = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1).to(tl.int64) * (BLOCKS * BLOCK_D) + tl.arange(0, BLOCK_D)[None, :]
+    lane = tl.arange(0, LANES)[:, None]
+    inside = ()
+    for k in tl.static_range(BLOCKS):
+        inside = inside + ((d >= 0) if EVEN_D else (d + k * BLOCK_D < channels),)  # noqa: RUF005
+
+    if VARLEN:
+        first = tl.load(start_ptr + i_s).to(tl.int64)
+        steps = (tl.load(start_ptr + i_s + 1).to(tl.int64) - first).to(tl.int32)
+        row = first * 0
+    else:
+        first = i_s * 0
+        steps = length
+        row = i_s
+    u_ptr += row * u_stride_s + first * u_stride_t + d
+    delta_ptr += row * delta_stride_s + first * delta_stride_t + d
+    out_ptr += row * out_stride_s + first * out_stride_t + d
+    if HAS_Z:
+        z_ptr += row * z_stride_s + first * z_stride_t + d
+    # A lane holds states 4 * (LANES * m + lane) + j, j < 4.
+    four = (lane * 4 + tl.full([1, BLOCK_D], 0, tl.int32))[:, :, None] + tl.arange(0, 4)[None, None, :]
+    B_ptr = tl.multiple_of(B_ptr + row * B_stride_s + first * B_stride_t, FOUR_B)
+    C_ptr = tl.multiple_of(C_ptr + row * C_stride_s + first * C_stride_t, FOUR_C)
+
+    a = ()
+    h = ()
+    zero = tl.full([LANES, BLOCK_D], 0.0, tl.float32)
+    keeps = HAS_STATE
+    starts = False
+    if HAS_STATE:
+        slot = i_s
+        if HAS_SLOTS:
+            slot = tl.load(slot_ptr + i_s).to(tl.int64)
+            keeps = slot != pad_slot_id
+        if HAS_INITIAL:
+            starts = keeps & (tl.load(initial_ptr + i_s) != 0)
+        state_ptr += slot * state_stride_s + d * state_stride_d
+    skip = ()
+    bias = ()
+    for k in tl.static_range(BLOCKS):
+        a_k = ()
+        h_k = ()
+        for i in tl.static_range(PER_LANE):
+            n = 4 * LANES * (i // 4) + 4 * lane + i % 4
+            p_a = A_ptr + (d + k * BLOCK_D) * A_stride_d + n * A_stride_n
+            a_k = a_k + (tl.load(p_a, mask=inside[k], other=0.0).to(tl.float32) * LOG2_E,)  # noqa: RUF005
+            s = zero
+            if HAS_INITIAL:
+                p_h = state_ptr + k * BLOCK_D * state_stride_d + n * state_stride_n
+                s = tl.load(p_h, mask=inside[k] & starts, other=0.0).to(tl.float32)
+            h_k = h_k + (s,)  # noqa: RUF005
+        a = a + (a_k,)  # noqa: RUF005
+        h = h + (h_k,)  # noqa: RUF005
+        skip_k = tl.full([1, BLOCK_D], 0.0, tl.float32)
+        bias_k = skip_k
+        if HAS_D:
+            skip_k = tl.load(D_ptr + (d + k * BLOCK_D) * D_stride, mask=inside[k], other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            bias_k = tl.load(bias_ptr + (d + k * BLOCK_D) * bias_stride, mask=inside[k], other=0.0).to(
+                tl.float32
+            )
+        skip = skip + (skip_k,)  # noqa: RUF005
+        bias = bias + (bias_k,)  # noqa: RUF005
+
+    # Whole groups of STEPS tokens, the next group's rows loaded before this one's are used; then what is left.
+    groups = steps // STEPS
+    rows = ()
+    bcs = ()
+    any_group = ()
+    for k in tl.static_range(BLOCKS):
+        any_group = any_group + (inside[k] & (groups > 0),)  # noqa: RUF005
+    for i in tl.static_range(STEPS):
+        rows = rows + (  # noqa: RUF005
+            _load_rows(
+                u_ptr, delta_ptr, z_ptr, i, any_group, u_stride_t, delta_stride_t, z_stride_t, BLOCK_D, BLOCKS, HAS_Z
+            ),
+        )  # fmt: skip
+        if BC_AHEAD:
+            bcs = bcs + (  # noqa: RUF005
+                (
+                    _load_states(B_ptr, four, i * B_stride_t, groups > 0, LANES, PER_LANE),
+                    _load_states(C_ptr, four, i * C_stride_t, groups > 0, LANES, PER_LANE),
+                ),
+            )
+    for g in range(groups):
+        # The last group loads itself once more: cheaper than masks, whose loads have to be zeroed first.
+        step = (g + 1 < groups).to(tl.int64) * STEPS
+        u_ptr += step * u_stride_t
+        delta_ptr += step * delta_stride_t
+        if HAS_Z:
+            z_ptr += step * z_stride_t
+        if BC_AHEAD:
+            B_ptr = tl.multiple_of(B_ptr + step * B_stride_t, FOUR_B)
+            C_ptr = tl.multiple_of(C_ptr + step * C_stride_t, FOUR_C)
+        rows_ahead = ()
+        bcs_ahead = ()
+        for i in tl.static_range(STEPS):
+            rows_ahead = rows_ahead + (  # noqa: RUF005
+                _load_rows(
+                    u_ptr,
+                    delta_ptr,
+                    z_ptr,
+                    i,
+                    inside,
+                    u_stride_t,
+                    delta_stride_t,
+                    z_stride_t,
+                    BLOCK_D,
+                    BLOCKS,
+                    HAS_Z,
+                ),
+            )
+            if BC_AHEAD:
+                bcs_ahead = bcs_ahead + (  # noqa: RUF005
+                    (
+                        _load_states(B_ptr, four, i * B_stride_t, True, LANES, PER_LANE),
+                        _load_states(C_ptr, four, i * C_stride_t, True, LANES, PER_LANE),
+                    ),
+                )
+        for i in tl.static_range(STEPS):
+            if BC_AHEAD:
+                b, c = bcs[i]
+            else:
+                b = _load_states(B_ptr, four, i * B_stride_t, True, LANES, PER_LANE)
+                c = _load_states(C_ptr, four, i * C_stride_t, True, LANES, PER_LANE)
+            h = _tokens(
+                h, a, skip, bias, rows[i], b, c, out_ptr + i * out_stride_t, inside,
+                LANES, PER_LANE, BLOCK_D, BLOCKS, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
+            )  # fmt: skip
+        rows = rows_ahead
+        bcs = bcs_ahead
+        out_ptr += STEPS * out_stride_t
+        if not BC_AHEAD:
+            B_ptr += STEPS * B_stride_t
+            C_ptr += STEPS * C_stride_t
+    done = (groups > 0).to(tl.int64) * STEPS
+    u_ptr += done * u_stride_t
+    delta_ptr += done * delta_stride_t
+    if HAS_Z:
+        z_ptr += done * z_stride_t
+    if BC_AHEAD:
+        B_ptr = tl.multiple_of(B_ptr + done * B_stride_t, FOUR_B)
+        C_ptr = tl.multiple_of(C_ptr + done * C_stride_t, FOUR_C)
+    for _ in range(steps - groups * STEPS):
+        last_rows = _load_rows(
+            u_ptr, delta_ptr, z_ptr, 0, inside, u_stride_t, delta_stride_t, z_stride_t, BLOCK_D, BLOCKS, HAS_Z
+        )
+        b = _load_states(B_ptr, four, 0, True, LANES, PER_LANE)
+        c = _load_states(C_ptr, four, 0, True, LANES, PER_LANE)
+        h = _tokens(
+            h, a, skip, bias, last_rows, b, c, out_ptr, inside,
+            LANES, PER_LANE, BLOCK_D, BLOCKS, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
+        )  # fmt: skip
+        u_ptr += u_stride_t
+        delta_ptr += delta_stride_t
+        out_ptr += out_stride_t
+        if HAS_Z:
+            z_ptr += z_stride_t
+        B_ptr += B_stride_t
+        C_ptr += C_stride_t
+
+    for k in tl.static_range(BLOCKS):
+        for i in tl.static_range(PER_LANE):
+            n = 4 * LANES * (i // 4) + 4 * lane + i % 4
+            s = h[k][i]
+            if HAS_STATE:
+                p_h = state_ptr + k * BLOCK_D * state_stride_d + n * state_stride_n
+                tl.store(p_h, s.to(state_ptr.dtype.element_ty), mask=inside[k] & keeps)
+            if HAS_LAST:
+                tl.store(last_ptr + (i_s * channels + d + k * BLOCK_D) * N + n, s, mask=inside[k])

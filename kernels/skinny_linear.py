@@ -1,0 +1,101 @@
+"""A linear layer of few rows, as decode has them: the weight is streamed once, at the memory's rate.
+
+    y = x @ weight.T        # x [M, K], M up to 64; summed in float32, rounded once
+
+It stands beside the library's product (``torch.nn.functional.linear``), which reads a weight of few rows, such as
+x_proj's, at a small part of the memory's rate; :func:`prefers_skinny` says where.
+
+Bits: K is summed in slices of a fixed width, and these in a fixed binary tree (``skinny_linear_launch.py``). A row of
+the result depends neither on the other rows nor on their number, and is the same in every run.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tp_mamba.kernels.checks import check_device, refuse_grad
+from tp_mamba.kernels.dispatch import use_triton
+from tp_mamba.kernels.skinny_linear_launch import MAX_ROWS
+from tp_mamba.kernels.skinny_linear_reference import skinny_linear_reference
+
+_OP = "skinny_linear"
+_DTYPES = (torch.bfloat16, torch.float16)
+_ELSEWHERE = "use torch.nn.functional.linear"
+
+torch.library.define("tp_mamba::skinny_linear", "(Tensor x, Tensor weight, ScalarType out_dtype) -> Tensor")
+
+
+@torch.library.impl("tp_mamba::skinny_linear", ("cpu", "cuda"))
+def _skinny_linear(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    if not use_triton(x):
+        return skinny_linear_reference(x, weight, out_dtype)
+    from tp_mamba.kernels.skinny_linear_triton import launch
+
+    out = x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
+    launch(out, x if x.stride(1) == 1 else x.contiguous(), weight)
+    return out
+
+
+@torch.library.register_fake("tp_mamba::skinny_linear")
+def _skinny_linear_fake(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype)
+
+
+def prefers_skinny(M: int, N: int, K: int, dtype: torch.dtype) -> bool:
+    """Whether :func:`skinny_linear` serves ``x [M, K]`` and ``weight [N, K]`` better than cuBLAS on a GPU.
+
+    True where cuBLAS is known to read the weight at less than a third of the memory's rate: a long K and so few
+    weight rows that their tiles leave most of the GPU idle, as in x_proj. Rows of K that are no multiple of 16 could
+    not be loaded 16 bytes at a time.
+    """
+    return dtype in _DTYPES and 1 <= M <= MAX_ROWS and N <= 512 and K >= 2048 and K % 16 == 0
+
+
+def skinny_linear(
+    x: torch.Tensor, weight: torch.Tensor, *, out_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """``x @ weight.T`` for at most 64 rows, summed in float32.
+
+    Args:
+        x: ``[M, K]``, M up to 64; bfloat16 or float16. Rows may lie apart; gaps between columns cost a copy of x.
+        weight: ``[N, K]`` in the dtype of ``x``; columns contiguous, rows may lie apart.
+        out_dtype: dtype of the result, that of ``x`` (default) or float32.
+
+    Returns:
+        ``[M, N]`` in ``out_dtype``, contiguous.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, layout or device.
+        RuntimeError: an input requires grad while grad mode is on.
+    """
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    inputs = [("x", x), ("weight", weight)]
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{_OP}: x has dtype {x.dtype} but must be bfloat16 or float16; {_ELSEWHERE}")
+    if weight.dtype != x.dtype:
+        raise ValueError(
+            f"{_OP}: weight has dtype {weight.dtype} but x has {x.dtype}; convert one of them to the other's"
+        )
+    if out_dtype not in (x.dtype, torch.float32):
+        raise ValueError(
+            f"{_OP}: out_dtype is {out_dtype} but must be float32 or the dtype of x, {x.dtype}; convert the result"
+        )
+    check_device(_OP, x.device, "x", inputs)
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(
+            f"{_OP}: x has shape {list(x.shape)} but must be [M, K] with at least one column; flatten the rows"
+        )
+    if x.shape[0] > MAX_ROWS:
+        raise ValueError(f"{_OP}: x has {x.shape[0]} rows but at most {MAX_ROWS} are taken; {_ELSEWHERE}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{_OP}: weight has shape {list(weight.shape)} but must be [N, K] with K = {x.shape[1]}, as in x; "
+            "give it a row an output"
+        )
+    if weight.stride(1) != 1 and weight.shape[1] > 1:
+        raise ValueError(
+            f"{_OP}: weight has stride {weight.stride(1)} between columns but they must be contiguous; "
+            "call contiguous() on it once"
+        )
+    refuse_grad(_OP, inputs)
+    return torch.ops.tp_mamba.skinny_linear(x, weight, out_dtype)

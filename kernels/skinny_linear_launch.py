@@ -1,0 +1,79 @@
+"""How a product of few rows is cut into programs.
+
+K is cut into slices of a width that :func:`slice_width` fixes. A slice is one chain of sums in ascending k, and the
+slices are added in a binary tree whose nodes are aligned: slice ``2 i`` to slice ``2 i + 1``, then pairs likewise. A
+program computes ``group`` adjacent slices, a power of two and so a subtree; a second launch adds up the groups. So
+the bits of a result do not depend on anything that :func:`skinny_launch` chooses.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAX_ROWS = 64
+"""Up to here a product is bound by reading its weight."""
+
+_NARROW = 1024
+"""Of up to this many weight rows, row tiles alone are too few to read at the rate of the memory."""
+
+_MULTIPROCESSORS = 132
+_ENOUGH_PROGRAMS = 120
+"""Nine tenths of an H200's multiprocessors."""
+
+_BYTES_IN_FLIGHT = 96 * 1024
+"""What a multiprocessor may have on its way: twice what hides the latency of memory, as x takes a part."""
+
+
+class SkinnyLaunch(NamedTuple):
+    """A program computes ``[BLOCK_M, BLOCK_N]`` results over ``group`` slices of K, ``BLOCK_K`` columns of each a step.
+
+    Of at most two warps: four would make Triton take the Hopper instruction of 64 rows, where another number of
+    rows, and so another tile, might be rounded differently.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    group: int
+    num_warps: int
+    num_stages: int
+
+
+def slice_width(N: int, K: int) -> int:
+    """Columns of a slice: a multiple of 128 that depends on the shape of the weight ``[N, K]`` alone."""
+    return min(256 if N <= _NARROW else 1024, 128 * _ceil_div(K, 128))
+
+
+def slice_count(N: int, K: int) -> int:
+    """Slices of K, the last of which may be short."""
+    return _ceil_div(K, slice_width(N, K))
+
+
+def skinny_launch(M: int, N: int, K: int) -> SkinnyLaunch:
+    """The cut for ``x [M, K]``, M from 1 to 64, and ``weight [N, K]``.
+
+    Programs take as many slices as leave enough programs: fewer partial sums are written then, and the chains of
+    one program hide each other's latency. Of M only the class decides: up to 8, 16, 32 or 64.
+    """
+    block_m = max(8, _power_of_2_from(M))
+    # Every row tile reads all of x: with more rows of x, taller tiles.
+    block_n = 32 if N <= _NARROW or block_m <= 16 else 64
+    tiles, slices = _ceil_div(N, block_n), slice_count(N, K)
+    most = min(8, _power_of_2_from(slices), 4096 // (block_m * block_n))  # 64 registers of sums a thread
+    group = most
+    while group > 1 and tiles * _ceil_div(slices, group) < _ENOUGH_PROGRAMS:
+        group //= 2
+    block_k = 128 if group == 1 and block_m < 64 else 64
+    programs = tiles * _ceil_div(slices, group)
+    share = _BYTES_IN_FLIGHT * _MULTIPROCESSORS // max(_MULTIPROCESSORS, programs)
+    stage_bytes = 2 * group * (block_m + block_n) * block_k
+    buffers = max(2, min(share // stage_bytes, slice_width(N, K) // block_k, 5))
+    return SkinnyLaunch(block_m, block_n, block_k, group, num_warps=2, num_stages=buffers + 1)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2_from(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

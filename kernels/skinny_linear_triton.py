@@ -1,0 +1,190 @@
+"""Triton kernels of ``x @ weight.T`` for few rows of x: the time is that of reading ``weight`` once.
+
+The weight's rows lie along the 16-row side of the tensor core's instruction and the rows of x along its 8-column
+side. Tiles of both are on their way to shared memory while earlier ones are multiplied. How K is cut, and why no bit
+depends on the cut, is told in ``skinny_linear_launch``.
+
+On Hopper the kernels start before the kernel ahead of them has ended (programmatic dependent launch), ask for their
+first weights to be brought into L2, and wait. A prefetch is no read: weights that the kernel ahead still writes come
+out right.
+"""
+
+# mypy: disable-error-code="no-untyped-def,assignment"
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from tp_mamba.kernels.skinny_linear_launch import SkinnyLaunch, skinny_launch, slice_count, slice_width
+
+_AHEAD = 256
+"""Columns of each slice that are asked for before the kernel ahead has ended."""
+
+_SUM_BLOCK = 128
+
+
+@triton.jit
+def _tree_of(sums, FIRST: tl.constexpr, SIZE: tl.constexpr):
+    """The sum of ``sums[FIRST : FIRST + SIZE]``, a power of two of them, in the order of an aligned binary tree."""
+    if SIZE == 1:
+        total = sums[FIRST]
+    else:
+        total = _tree_of(sums, FIRST, SIZE // 2) + _tree_of(sums, FIRST + SIZE // 2, SIZE // 2)
+    return total
+
+
+@triton.jit
+def _tree_at(ptr, stride, mask, FIRST: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
+    """The same for tiles in memory, ``stride`` apart, of which there are ``COUNT``."""
+    if SIZE == 1:
+        total = tl.load(ptr + FIRST * stride, mask=mask, other=0.0)
+    elif FIRST + SIZE // 2 < COUNT:
+        total = _tree_at(ptr, stride, mask, FIRST, SIZE // 2, COUNT) + _tree_at(
+            ptr, stride, mask, FIRST + SIZE // 2, SIZE // 2, COUNT
+        )
+    else:
+        total = _tree_at(ptr, stride, mask, FIRST, SIZE // 2, COUNT)
+    return total
+
+
+@triton.jit
+def _prefetch(ptr):
+    """Ask for the cache lines at a tile of pointers to be brought into L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [ptr.to(tl.int64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def _product_kernel(
+    out_ptr,  # [groups, M, N] contiguous, written: float32, or the result itself if there is one group
+    x_ptr,  # [M, K], bfloat16 or float16, columns contiguous
+    weight_ptr,  # [N, K], as x
+    M,
+    x_stride_m,
+    # A model has one of each: as constants they fold into the loads.
+    weight_stride_n: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    first_n = tl.program_id(0).to(tl.int64) * BLOCK_N
+    group = tl.program_id(1).to(tl.int64)
+    first_k = group * (GROUP * SLICE)
+    n = tl.arange(0, BLOCK_N).to(tl.int64)
+    m = tl.arange(0, BLOCK_M).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    n_mask = (first_n + n < N)[:, None]
+    m_mask = (m < M)[None, :]
+
+    if PDL:
+        # Beyond the edges the last row and column are asked for again.
+        line = tl.arange(0, AHEAD // 64) * 64
+        row = weight_ptr + tl.minimum(first_n + n, N - 1)[:, None] * weight_stride_n
+        for g in tl.static_range(GROUP):
+            _prefetch(row + tl.minimum(first_k + g * SLICE + line, K - 1)[None, :])
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+    weight_tile = weight_ptr + first_n * weight_stride_n + first_k + n[:, None] * weight_stride_n + k[None, :]
+    x_tile = x_ptr + first_k + m[None, :] * x_stride_m + k[:, None]
+    sums = ()
+    for _ in tl.static_range(GROUP):
+        sums += (tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32),)
+    for i in range(0, SLICE, BLOCK_K):
+        new_sums = ()
+        for g in tl.static_range(GROUP):
+            at = g * SLICE + i
+            weight_mask = n_mask
+            x_mask = m_mask
+            if K % (GROUP * SLICE) != 0:
+                k_mask = first_k + at + k < K
+                weight_mask = weight_mask & k_mask[None, :]
+                x_mask = x_mask & k_mask[:, None]
+            weight = tl.load(weight_tile + at, mask=weight_mask, other=0.0)
+            x = tl.load(x_tile + at, mask=x_mask, other=0.0)
+            new_sums += (tl.dot(weight, x, sums[g]),)
+        sums = new_sums
+    total = _tree_of(sums, 0, GROUP)
+    tl.store(
+        out_ptr + (group * M + m[None, :]) * N + first_n + n[:, None],
+        total.to(out_ptr.dtype.element_ty),
+        mask=n_mask & m_mask,
+    )
+
+
+@triton.jit(do_not_specialize=["size"])
+def _sum_kernel(
+    out_ptr,  # [size] contiguous, any float, written
+    sums_ptr,  # [COUNT, size] float32 contiguous
+    size,
+    COUNT: tl.constexpr, SIZE: tl.constexpr,  # SIZE: the power of two from COUNT
+    PDL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    total = _tree_at(sums_ptr + at, size.to(tl.int64), mask, 0, SIZE, COUNT)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@functools.cache
+def _has_dependent_launch(device: torch.device) -> bool:
+    return (
+        device.type == "cuda"
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def launch(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    cut: SkinnyLaunch | None = None,
+    *,
+    pdl: bool | None = None,
+) -> None:
+    """Write ``x @ weight.T`` to ``out [M, N]``, contiguous; x and weight have contiguous columns.
+
+    Args:
+        out, x, weight: as the op's.
+        cut: how the work is cut, by default as :func:`skinny_launch` says. No bit of the result depends on it.
+        pdl: whether to start before the kernel ahead has ended, by default where the GPU can. Nor on this.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    if out.numel() == 0:
+        return
+    cut = skinny_launch(M, N, K) if cut is None else cut
+    pdl = _has_dependent_launch(x.device) if pdl is None else pdl
+    options: dict[str, Any] = {"PDL": pdl}
+    if pdl:
+        options["launch_pdl"] = True
+    groups = triton.cdiv(slice_count(N, K), cut.group)
+    sums = out if groups == 1 else x.new_empty(groups, M, N, dtype=torch.float32)
+    width = slice_width(N, K)
+    with torch.cuda.device_of(x):
+        _product_kernel[(triton.cdiv(N, cut.BLOCK_N), groups)](
+            sums, x, weight, M,
+            # The stride of a single row says nothing: it must not compile a kernel of its own.
+            K if M == 1 else x.stride(0), K if N == 1 else weight.stride(0), N, K, width, cut.group, min(_AHEAD, width),
+            BLOCK_M=cut.BLOCK_M, BLOCK_N=cut.BLOCK_N, BLOCK_K=cut.BLOCK_K,
+            num_warps=cut.num_warps, num_stages=cut.num_stages, **options,
+        )  # fmt: skip
+        if groups > 1:
+            _sum_kernel[(triton.cdiv(M * N, _SUM_BLOCK),)](
+                out, sums, M * N, groups, triton.next_power_of_2(groups), BLOCK=_SUM_BLOCK, **options
+            )

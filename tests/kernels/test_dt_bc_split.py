@@ -1,0 +1,283 @@
+"""dt, B and C cut out of x_proj's output: the Triton kernel (interpreted, and on a GPU) and the CPU path."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from conv_norm_testing import CPU, CUDA, INTERPRETER, assert_as_good, compile_for_h100, poison, run_on
+from kernel_testing import Launches, assert_within_twice, double, specialization, to
+
+from tp_mamba.kernels.dt_bc_split import split_dt_bc
+from tp_mamba.kernels.dt_bc_split_reference import split_dt_bc_reference
+
+EVERYWHERE = [CPU, INTERPRETER, CUDA]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = 1e-6
+SIZES = [
+    (1, 256, 16),
+    (7, 48, 16),
+    (50, 256, 16),
+    (40, 512, 16),
+    (37, 33, 5),
+    (150, 10, 3),
+    (30, 6, 256),
+    (60, 1, 1),
+]
+"""T, R, N: published models' and odd ones, with fewer and more tokens than a program takes."""
+
+
+@contextlib.contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """What the op allocates is full of NaN: an element left unwritten shows."""
+    new_empty = torch.Tensor.new_empty
+    with mock.patch.object(
+        torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs))
+    ):
+        yield
+
+
+def make(
+    T: int, R: int, N: int, dtype: torch.dtype = torch.float32, weighted: bool = False
+) -> dict[str, Any]:
+    """Rows of very different size, some far below eps; weights of several dtypes, one of them strided."""
+    g = torch.Generator().manual_seed(T + R + N)
+    inputs: dict[str, Any] = {
+        "x": (torch.randn(T, R + 2 * N, generator=g) * torch.logspace(-4, 2, T)[:, None]).to(dtype),
+        "time_step_rank": R,
+        "state_size": N,
+    }
+    if weighted:
+        inputs["dt_weight"] = torch.rand(R, generator=g).bfloat16() + 0.5
+        inputs["b_weight"] = torch.rand(2 * N, generator=g)[::2] + 0.5
+        inputs["c_weight"] = torch.rand(N, generator=g) - 2
+    return inputs
+
+
+def check(inputs: dict[str, Any], device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dt, B and C as good as the reference in their dtypes; without norms, to the bit."""
+    exact = split_dt_bc_reference(**double(inputs) | {"dt_dtype": torch.float64})
+    reference = split_dt_bc_reference(**inputs)
+    with poisoned_outputs():
+        actual = split_dt_bc(**to(inputs, torch.device(device)))
+    for got, rounded, right in zip(actual, reference, exact, strict=True):
+        assert got.dtype == rounded.dtype
+        if inputs.get("eps") is None:
+            assert torch.equal(got.cpu(), rounded)
+        elif got.shape[0] >= 30:
+            assert_within_twice(got, rounded, right)
+        else:  # one rounding of a row's scale is an error of the whole row: few rows are a matter of luck
+            assert_as_good(got.cpu(), right, rounded)
+    return actual
+
+
+def check_sizes(device: str, dtype: torch.dtype) -> None:
+    for T, R, N in SIZES:
+        for eps in (None, EPS):
+            for dt_dtype in (None, torch.bfloat16, torch.float32):
+                dt, B, C = check(make(T, R, N, dtype) | {"eps": eps, "dt_dtype": dt_dtype}, device)
+                if eps is not None:
+                    assert dt.is_contiguous()
+                    assert B.stride() == C.stride() == (2 * N, 1)
+                    assert C.data_ptr() == B.data_ptr() + 4 * N
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_as_good_as_its_dtype(where: str, dtype: torch.dtype) -> None:
+    run_on(where, check_sizes, dtype)
+
+
+def check_weights(device: str) -> None:
+    for absent in ("", "dt_weight", "b_weight", "c_weight"):
+        for T, R, N in SIZES[2:5]:
+            inputs = make(T, R, N, weighted=True) | {"eps": EPS, "dt_dtype": torch.bfloat16}
+            check({name: value for name, value in inputs.items() if name != absent}, device)
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_weights(where: str) -> None:
+    run_on(where, check_weights)
+
+
+def check_strides(device: str) -> None:
+    wide = make(80, 50, 7)["x"]
+    for x in (wide[::2, 3:40], wide[:40, :37], wide.t().contiguous().t()[:40, 1:38], wide[:1, 5:42]):
+        for eps in (None, EPS):
+            check(
+                {"x": x, "time_step_rank": 27, "state_size": 5, "eps": eps, "dt_dtype": torch.float16}, device
+            )
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_any_strides(where: str) -> None:
+    run_on(where, check_strides)
+
+
+def check_no_tokens(device: str) -> None:
+    for eps in (None, EPS):
+        dt, B, C = split_dt_bc(torch.empty(0, 14, device=device), 4, 5, eps=eps, dt_dtype=torch.bfloat16)
+        assert (dt.shape, B.shape, C.shape) == ((0, 4), (0, 5), (0, 5))
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_no_tokens(where: str) -> None:
+    run_on(where, check_no_tokens)
+
+
+def check_rows_alone(device: str) -> None:
+    for R, N in ((48, 16), (300, 5)):
+        inputs = to(make(67, R, N, torch.bfloat16, weighted=True) | {"eps": EPS}, torch.device(device))
+        whole = split_dt_bc(**inputs)
+        for row in (0, 31, 66):
+            alone = split_dt_bc(**inputs | {"x": inputs["x"][row : row + 1]})
+            for one, all_rows in zip(alone, whole, strict=True):
+                assert torch.equal(one[0], all_rows[row])
+
+
+@pytest.mark.parametrize("where", [INTERPRETER, CUDA])
+def test_row_does_not_depend_on_its_batch(where: str) -> None:
+    run_on(where, check_rows_alone)
+
+
+def check_far_rows(device: str) -> None:
+    """Row addresses are 64-bit: the third row begins at element 2^31; the memory in between is never touched."""
+    x = torch.empty(2**31 + 14, dtype=torch.float16, device=device).as_strided((3, 14), (2**30, 1))
+    x.copy_(torch.arange(42).view(3, 14))
+    for got, right in zip(split_dt_bc(x, 4, 5), split_dt_bc_reference(x, 4, 5), strict=True):
+        assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("where", [INTERPRETER, CUDA])
+def test_more_than_2_31_elements(where: str) -> None:
+    run_on(where, check_far_rows)
+
+
+def check_no_views(device: str) -> None:
+    x = torch.randn(3, 14, device=device)
+    for part in split_dt_bc(x, 4, 5):
+        assert part.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("where", [INTERPRETER, CUDA])
+def test_the_kernel_never_returns_views(where: str) -> None:
+    run_on(where, check_no_views)
+
+
+def test_float64() -> None:
+    inputs = double(make(4, 9, 3, weighted=True)) | {"eps": EPS}
+    for got, exact in zip(split_dt_bc(**inputs), split_dt_bc_reference(**inputs), strict=True):
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, exact, rtol=1e-13, atol=0)
+
+
+def test_on_a_cpu_float32_is_not_copied() -> None:
+    """And only there, where nothing is to be computed: in every other case the results share no memory with x."""
+    x = torch.randn(3, 14)
+    for part, start in zip(split_dt_bc(x, 4, 5), (0, 4, 9), strict=True):
+        assert part.data_ptr() == x[:, start:].data_ptr()
+    storage = x.untyped_storage().data_ptr()
+    for options in ({"eps": EPS}, {"dt_dtype": torch.bfloat16}):
+        for part in split_dt_bc(x, 4, 5, **options):
+            assert part.untyped_storage().data_ptr() != storage
+
+
+def test_compiled_and_opcheck() -> None:
+    inputs = make(3, 8, 4, weighted=True)
+    weights = [inputs[name] for name in ("dt_weight", "b_weight", "c_weight")]
+    for arguments in ((*weights, EPS, torch.bfloat16), (None, None, None, None, torch.float32)):
+        torch.library.opcheck(torch.ops.tp_mamba.split_dt_bc.default, (inputs["x"], 8, 4, *arguments))
+    for options in ({"eps": EPS}, {}, {"dt_dtype": torch.bfloat16}):
+
+        def total(x: torch.Tensor, options: dict[str, Any] = options) -> torch.Tensor:
+            dt, B, C = split_dt_bc(x, 8, 4, **options)
+            return dt.float().sum(-1) + (B * C).sum(-1)
+
+        compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(inputs["x"]), total(inputs["x"]))
+
+
+def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    """The kernel, and the launch that the Triton path would make for a call."""
+    import tp_mamba.kernels.dt_bc_split as op
+    import tp_mamba.kernels.dt_bc_split_triton as module
+
+    launches, kernel = Launches(), module._split_kernel
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_split_kernel", launches)
+        patch.setattr(op, "use_triton", lambda x: True)
+        split_dt_bc(**inputs)
+    return kernel, launches.calls[0]
+
+
+def test_one_compilation_for_all_token_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {
+        specialization(*record(monkeypatch, make(T, 48, 16) | {"eps": EPS})) for T in (1, 2, 16, 33, 4096)
+    }
+    # A single row whose stride is some other number.
+    keys.add(
+        specialization(*record(monkeypatch, make(1, 48, 16) | {"eps": EPS, "x": torch.randn(80, 1).t()}))
+    )
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize(("R", "N"), [(256, 16), (48, 16), (512, 16), (513, 255)])
+def test_compiles_for_hopper_without_spills(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, R: int, N: int
+) -> None:
+    inputs = make(2, R, N, weighted=True) | {"eps": EPS, "dt_dtype": torch.bfloat16}
+    kernel, (_, options) = record(monkeypatch, inputs)
+    pointers = {"dt_ptr": "*bf16", "bc_ptr": "*fp32", "x_ptr": "*fp32"}
+    pointers |= {"dt_weight_ptr": "*bf16", "b_weight_ptr": "*fp32", "c_weight_ptr": "*fp32"}
+    warps = options.pop("num_warps")
+    aligned = frozenset(pointers) | (frozenset() if R % 2 else frozenset({"x_stride_t"}))
+    ptx, local = compile_for_h100(
+        kernel,
+        pointers | {"T": "i32", "eps": "fp32", "x_stride_t": "i64"},
+        options | {"R": R, "N": N, "x_stride_c": 1},
+        aligned,
+        warps,
+        tmp_path,
+    )
+    assert local == 0
+    if R % 2 == 0:
+        assert "ld.global.v4.b32" in ptx
+        assert "st.global.v4.b32" in ptx
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(16)}, "x has shape [16] but must be [T, R + 2 N] = [T, 16]"),
+        ({"x": torch.zeros(2, 15)}, "x has shape [2, 15] but must be"),
+        ({"x": torch.zeros(2, 16, dtype=torch.int32)}, "dt_dtype is torch.int32"),
+        ({"x": torch.zeros(2, 16, dtype=torch.int32), "dt_dtype": torch.float32}, "x has dtype torch.int32"),
+        ({"time_step_rank": 0}, "time_step_rank is 0 but must be at least 1"),
+        ({"state_size": 0}, "state_size is 0 but must be 1 to 256"),
+        ({"state_size": 257}, "state_size is 257 but must be 1 to 256"),
+        ({"dt_weight": torch.zeros(7)}, "dt_weight has shape [7] but [R] is [8]"),
+        ({"b_weight": torch.zeros(8)}, "b_weight has shape [8] but [N] is [4]"),
+        ({"c_weight": torch.zeros(1, 4)}, "c_weight has shape [1, 4] but [N] is [4]"),
+        ({"c_weight": torch.zeros(4, device="meta")}, "c_weight is on meta but x is on cpu"),
+        ({"c_weight": torch.zeros(4, dtype=torch.int64)}, "c_weight has dtype torch.int64"),
+        ({"dt_dtype": torch.int8}, "dt_dtype is torch.int8"),
+        ({"eps": None, "b_weight": torch.zeros(4)}, "b_weight is given but eps is None"),
+    ],
+)
+def test_refusals(change: dict[str, Any], message: str) -> None:
+    inputs = make(2, 8, 4) | {"eps": EPS} | change
+    with pytest.raises(ValueError, match=r"^split_dt_bc: ") as refusal:
+        split_dt_bc(**inputs)
+    assert message in str(refusal.value)
+
+
+def test_no_gradient_is_cut_silently() -> None:
+    x = torch.randn(2, 16, requires_grad=True)
+    for options in ({}, {"eps": EPS}):
+        with pytest.raises(RuntimeError, match="split_dt_bc: x requires grad but this op has no backward"):
+            split_dt_bc(x, 8, 4, **options)

@@ -1,0 +1,138 @@
+"""The choice of a library routine for ``x @ weight.T``: same values as torch's linear layer, whichever serves."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_testing import assert_within_twice
+
+from tp_mamba.kernels import linear as linear_module
+from tp_mamba.kernels.linear import linear
+
+
+@pytest.fixture(autouse=True)
+def small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of a test's size go where large ones do."""
+    monkeypatch.setattr(linear_module, "_LARGE", 0)
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own linear layer may not be used: the call is to be served otherwise."""
+
+    def fail(*_: object) -> torch.Tensor:
+        raise AssertionError("torch.nn.functional.linear was called")
+
+    monkeypatch.setattr(linear_module.F, "linear", fail)
+
+
+def make(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+needs_onednn = pytest.mark.skipif(linear_module._ONEDNN is None, reason="needs a torch with oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("out", [480, 250, 375])
+@pytest.mark.parametrize("rows", [(1,), (), (2,), (2, 1), (3,), (2, 5), (70,)])
+def test_is_as_good_as_torchs_linear(
+    rows: tuple[int, ...], out: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows by twos and by many, whole blocks of the weight and an odd number of its rows, x of any rank."""
+    x, weight = make(*rows, 96), make(out, 96)
+    b = make(out) if bias else None
+    exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    in_dtype = F.linear(x, weight, b)
+    monkeypatch.setattr(linear_module.F, "linear", None)  # any use of it fails
+    actual = linear(x, weight, b)
+    assert actual.dtype == torch.float32
+    assert actual.is_contiguous()
+    assert_within_twice(actual, in_dtype, exact)
+    assert torch.equal(linear(x, weight, b), actual)
+
+
+def test_one_row_needs_no_onednn(monkeypatch: pytest.MonkeyPatch, refused: None) -> None:
+    monkeypatch.setattr(linear_module, "_ONEDNN", None)
+    x, weight = make(1, 64), make(32, 64)
+    torch.testing.assert_close(linear(x, weight), x @ weight.t())
+
+
+def test_many_rows_are_torchs_own_where_onednn_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "_ONEDNN", None)
+    x, weight, b = make(9, 64), make(32, 64), make(32)
+    assert torch.equal(linear(x, weight, b), F.linear(x, weight, b))
+
+
+@needs_onednn
+def test_onednn_is_not_called_once_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    monkeypatch.setattr(
+        linear_module, "_ONEDNN", lambda x, weight, *_: called.append(x) or F.linear(x, weight)
+    )
+    x, weight = make(9, 64), make(32, 64)
+    linear(x, weight)
+    assert len(called) == 1
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert len(called) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("of", ["x", "weight", "bias"])
+def test_gradients_are_those_of_torchs_linear(of: str, rows: int) -> None:
+    given = {"x": make(rows, 64), "weight": make(32, 64), "bias": make(32)}
+    grads = []
+    for function in (linear, F.linear):
+        tensors = {name: tensor.clone().requires_grad_(name == of) for name, tensor in given.items()}
+        function(*tensors.values()).square().sum().backward()
+        grads.append(tensors[of].grad)
+    assert grads[0] is not None
+    assert torch.equal(grads[0], grads[1])
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_frozen_weights_and_no_grad_are_served(rows: int, refused: None) -> None:
+    x, weight = make(rows, 64), make(32, 64)
+    linear(x, weight)  # grad mode, nothing to track
+    with torch.no_grad():
+        linear(x.requires_grad_(), weight.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_torchs_own(dtype: torch.dtype) -> None:
+    x, weight = make(1, 64).to(dtype), make(32, 64).to(dtype)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_strided_operands(rows: int) -> None:
+    """x cut out of wider rows and with gaps between its columns, a weight with gaps that lies transposed."""
+    weight, transposed = make(32, 64), make(64, 64)[:, ::2]
+    for x in (make(9, 128)[:rows, 32:96], make(9, 128)[:rows, ::2]):
+        torch.testing.assert_close(linear(x, weight), x.contiguous() @ weight.t())
+        torch.testing.assert_close(linear(x, transposed.mT), x.contiguous() @ transposed.contiguous())
+
+
+def test_no_rows_and_no_columns() -> None:
+    assert linear(make(0, 64), make(32, 64)).shape == (0, 32)
+    assert torch.equal(linear(make(3, 0), make(32, 0)), torch.zeros(3, 32))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [((1, 63), (32, 64), None), ((9, 63), (32, 64), None), ((1, 64), (32, 64), 31), ((9, 64), (32, 64), 31)],
+)
+def test_errors_are_torchs_own(x: tuple[int, int], weight: tuple[int, int], bias: int | None) -> None:
+    with pytest.raises(RuntimeError):
+        linear(make(*x), make(*weight), None if bias is None else make(bias))
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(make(1, 64), make(32, 64).double())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_compiles_without_a_graph_break(rows: int) -> None:
+    x, weight = make(rows, 64), make(32, 64)
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight), linear(x, weight))

@@ -1,0 +1,307 @@
+"""softplus(x @ weight.T + bias): the Triton kernels (interpreted, and on a GPU) and the CPU path against float64."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernel_testing import (
+    DEVICES,
+    TIME_STEPS,
+    Launches,
+    _bind,
+    assert_within_twice,
+    double,
+    poisoned_like,
+    specialization,
+    stack_bytes,
+    to,
+    triton_device,
+)
+
+from tp_mamba.kernels.linear_softplus import linear_softplus
+from tp_mamba.kernels.linear_softplus_reference import linear_softplus_reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [
+    (1, 300, 48),
+    (5, 33, 3),
+    (64, 130, 80),
+    (65, 200, 48),  # from here on with the weight held: two tiles, most of the second shared with the first
+    (200, 300, 17),
+    (130, 70, 256),
+    (300, 128, 16),  # a program takes several tiles, and there are several programs
+    (150, 40, 300),  # ranks in blocks
+]
+"""T, D, R."""
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    return triton_device(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[*DEVICES, "cpu"])
+def any_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Both implementations: Triton as in ``device``, and plain torch."""
+    return torch.device("cpu") if request.param == "cpu" else triton_device(request.param, monkeypatch)
+
+
+def make(T: int, D: int, R: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
+    """Normalised inputs and mamba_ssm's initial weights: time steps from 1e-3 up, and a few times 1."""
+    g = torch.Generator().manual_seed(seed + T + D + R)
+    return {
+        "x": torch.randn(T, R, generator=g).to(dtype),
+        "weight": ((torch.rand(D, R, generator=g) * 2 - 1) * R**-0.5).to(dtype),
+        "bias": torch.rand(D, generator=g) * 8 - 7,
+    }
+
+
+def check(inputs: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """One call within twice the reference's error; every element of what the op allocates is written."""
+    new_empty = torch.Tensor.new_empty
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch.Tensor, "new_empty", lambda *args, **kwargs: poisoned_like(new_empty(*args, **kwargs))
+        )
+        actual = linear_softplus(**to(inputs, device))
+    assert actual.dtype == inputs["x"].dtype
+    assert actual.is_contiguous()
+    assert_within_twice(
+        actual,
+        linear_softplus_reference(**inputs),
+        linear_softplus_reference(**double(inputs)),
+        approximate=0.25,
+    )
+    return actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "D", "R"), SIZES)
+def test_matches_float64(
+    any_device: torch.device, monkeypatch: pytest.MonkeyPatch, T: int, D: int, R: int, dtype: torch.dtype
+) -> None:
+    check(make(T, D, R, dtype), any_device, monkeypatch)
+
+
+@pytest.mark.parametrize("T", [8, 80])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("step", TIME_STEPS)
+def test_softplus_at_every_size(
+    any_device: torch.device, monkeypatch: pytest.MonkeyPatch, step: float, dtype: torch.dtype, T: int
+) -> None:
+    inputs = make(T, 40, 24, dtype)
+    inputs["bias"] = step + 0.2 * torch.randn(40, generator=torch.Generator().manual_seed(1))
+    inputs["weight"] *= 0.2
+    check(inputs, any_device, monkeypatch)
+
+
+@pytest.mark.parametrize("T", [9, 90])
+def test_bias_of_any_dtype_or_none(any_device: torch.device, monkeypatch: pytest.MonkeyPatch, T: int) -> None:
+    inputs = make(T, 50, 20, torch.bfloat16)
+    for bias in (
+        None,
+        inputs["bias"].half(),
+        inputs["bias"].double(),
+        inputs["bias"].repeat_interleave(2)[::2],
+    ):
+        check(inputs | {"bias": bias}, any_device, monkeypatch)
+
+
+@pytest.mark.parametrize("T", [1, 9, 90])
+def test_any_strides(any_device: torch.device, monkeypatch: pytest.MonkeyPatch, T: int) -> None:
+    """x as columns of a wider tensor or transposed; weight transposed or with gaps."""
+    plain = make(T, 50, 20, torch.bfloat16)
+    wide, tall = torch.zeros(T, 31, dtype=torch.bfloat16), torch.zeros(100, 40, dtype=torch.bfloat16)
+    wide[:, 3:23], tall[::2, ::2] = plain["x"], plain["weight"]
+    expected = check(plain, any_device, monkeypatch)
+    for change in (
+        {"x": wide[:, 3:23]},
+        {"x": plain["x"].t().contiguous().t()},
+        {"weight": plain["weight"].t().contiguous().t()},
+        {"weight": tall[::2, ::2]},
+    ):
+        actual = check(plain | change, any_device, monkeypatch)
+        torch.testing.assert_close(actual, expected, rtol=0.01, atol=0)
+
+
+def test_row_does_not_depend_on_its_batch(device: torch.device) -> None:
+    """Neither among few tokens nor among many, wherever in a tile a row comes to lie."""
+    inputs = to(make(300, 130, 40, torch.bfloat16), device)
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        return linear_softplus(inputs["x"][start:stop], inputs["weight"], inputs["bias"])
+
+    whole = rows(0, 300)
+    for start, stop in ((0, 65), (37, 137), (172, 300)):
+        assert torch.equal(rows(start, stop), whole[start:stop])
+    few = rows(100, 164)
+    for start, stop in ((100, 101), (117, 140)):
+        assert torch.equal(rows(start, stop), few[start - 100 : stop - 100])
+
+
+def test_nothing_to_do(any_device: torch.device) -> None:
+    x, weight = torch.randn(3, 4, device=any_device), torch.randn(5, 4, device=any_device)
+    assert linear_softplus(x[:0], weight).shape == (0, 5)
+    assert linear_softplus(x, weight[:0]).shape == (3, 0)
+
+
+def test_float64() -> None:
+    inputs = double(make(7, 9, 20))
+    actual = linear_softplus(**inputs)
+    torch.testing.assert_close(actual, linear_softplus_reference(**inputs), rtol=1e-13, atol=0)
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements() -> None:
+    T, D, R = 262_144, 8_320, 16
+    inputs = to(make(T, D, R, torch.bfloat16), torch.device("cuda"))
+    whole = linear_softplus(**inputs)
+    last = linear_softplus(inputs["x"][-100:], inputs["weight"], inputs["bias"])
+    assert torch.equal(whole[-100:], last)
+
+
+def test_compiled_and_opcheck() -> None:
+    inputs = make(3, 6, 4)
+    for bias in (inputs["bias"], None):
+        arguments = (inputs["x"], inputs["weight"], bias)
+        torch.library.opcheck(torch.ops.tp_mamba.linear_softplus.default, arguments)
+        compiled = torch.compile(linear_softplus, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*arguments), linear_softplus(*arguments))
+
+
+def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any]) -> tuple[str, Any, Any]:
+    """Name and kernel of the launch that the Triton path would make for a call, and that launch."""
+    import tp_mamba.kernels.linear_softplus as op
+    import tp_mamba.kernels.linear_softplus_triton as module
+
+    names = ("_streaming_kernel", "_tiled_kernel")
+    launches = {name: Launches() for name in names}
+    kernels = {name: getattr(module, name) for name in names}
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.setattr(module, name, launches[name])
+        patch.setattr(op, "use_triton", lambda x: True)
+        linear_softplus(**inputs)
+    (name,) = (name for name in names if launches[name].calls)
+    (launch,) = launches[name].calls
+    return name, kernels[name], launch
+
+
+def test_two_compilations_for_all_token_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for few tokens, one for many."""
+    for counts in ((1, 2, 16, 33, 64), (65, 80, 128, 1024, 5000)):
+        keys = set()
+        for T in counts:
+            name, *recorded = record(monkeypatch, make(T, 144, 48, torch.bfloat16))
+            keys.add(name + specialization(*recorded))
+        assert len(keys) == 1
+    row = make(1, 144, 48, torch.bfloat16)
+    strided = row | {"x": torch.zeros(48, 1, dtype=torch.bfloat16).t()}  # a single row of some other stride
+    assert specialization(*record(monkeypatch, row)[1:]) == specialization(*record(monkeypatch, strided)[1:])
+
+
+@pytest.mark.parametrize(
+    ("T", "D"), [(8192, 8192), (8192, 4096), (2048, 5120), (100, 8192), (262_144, 16_384)]
+)
+def test_programs_fill_the_gpu_once(T: int, D: int) -> None:
+    """With the weight held, programs are at most two a multiprocessor, and no more than a tenth too few."""
+    from tp_mamba.kernels.linear_softplus_triton import launch_shape
+
+    shape = launch_shape(T, D, 256, torch.bfloat16, 132)
+    runs = -(-T // (shape.BLOCK_T * shape.tiles))
+    programs = runs * -(-D // shape.BLOCK_D)
+    assert programs <= 264
+    assert programs >= 0.9 * 264 or shape.tiles == 1
+
+
+def compile_as_launched(kernel: Any, launch: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """The kernel compiled for sm_90 as the JIT does it: knowing which addresses are multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+
+    target = GPUTarget("cuda", 90, 32)
+    bound, keys, options = _bind(kernel, *launch)
+    signature = {name: key[0] for name, key in zip(bound, keys, strict=True)}
+    constants = {name: bound[name] for name, kind in signature.items() if kind == "constexpr"}
+    aligned = [i for i, (kind, key) in enumerate(keys) if kind != "constexpr" and key]
+    attributes = {(i,): make_backend(target).parse_attr(keys[i][1]) for i in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options)
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "R", "dtype"),
+    [
+        (80, 256, 256, torch.bfloat16),
+        (80, 256, 160, torch.float16),
+        (80, 256, 512, torch.bfloat16),
+        (80, 256, 256, torch.float32),
+        (8, 256, 256, torch.bfloat16),
+        (8, 256, 256, torch.float32),
+    ],
+)
+def test_compiles_for_hopper_without_spills(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, T: int, D: int, R: int, dtype: torch.dtype
+) -> None:
+    _, *recorded = record(monkeypatch, make(T, D, R, dtype))
+    compiled = compile_as_launched(*recorded)
+    assert stack_bytes(compiled, tmp_path) == 0
+    assert "tf32" not in compiled.asm["ptx"]
+    assert ("wgmma.mma_async" in compiled.asm["ptx"]) == (T > 64 and dtype != torch.float32)
+
+
+def test_two_programs_share_a_hopper_multiprocessor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The softplus of one then hides behind the product of the other; and few instructions go beside the softplus."""
+    from triton import knobs
+
+    name, *recorded = record(monkeypatch, make(80, 256, 256, torch.bfloat16))
+    assert name == "_streaming_kernel"
+    compiled = compile_as_launched(*recorded)
+    reserved, of_multiprocessor = 1024, 228 * 1024
+    assert 2 * (compiled.metadata.shared + reserved) <= of_multiprocessor
+    stack_bytes(compiled, tmp_path)
+    command = [knobs.nvidia.cuobjdump.path, "-sass", str(tmp_path / "kernel.cubin")]
+    sass = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(?!NOP)\S", sass, re.MULTILINE)
+    outputs_a_thread = 64 * 128 // 128
+    assert 17 * outputs_a_thread < len(instructions) < 30 * outputs_a_thread
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(4)}, "x has shape [4] but must be [T, R]"),
+        (
+            {"x": torch.zeros(3, 0), "weight": torch.zeros(6, 0)},
+            "x has shape [3, 0] but must be [T, R] with at least",
+        ),
+        ({"x": torch.zeros(3, 4, dtype=torch.int32)}, "x has dtype torch.int32"),
+        ({"weight": torch.zeros(6, 5)}, "weight has shape [6, 5] but must be [D, R] with R = 4"),
+        ({"weight": torch.zeros(4)}, "weight has shape [4] but must be [D, R]"),
+        ({"weight": torch.zeros(6, 4).bfloat16()}, "weight has dtype torch.bfloat16 but x has torch.float32"),
+        ({"weight": torch.zeros(6, 4, device="meta")}, "weight is on meta but x is on cpu"),
+        ({"bias": torch.zeros(5)}, "bias has shape [5] but [D] is [6]"),
+        ({"bias": torch.zeros(6, dtype=torch.int64)}, "bias has dtype torch.int64"),
+    ],
+)
+def test_refusals(change: dict[str, Any], message: str) -> None:
+    inputs = make(3, 6, 4) | change
+    with pytest.raises(ValueError, match=r"^linear_softplus: ") as refusal:
+        linear_softplus(**inputs)
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_no_gradient_is_cut_silently(name: str) -> None:
+    inputs = make(3, 6, 4)
+    inputs[name].requires_grad_()
+    with pytest.raises(
+        RuntimeError, match=f"linear_softplus: {name} requires grad but this op has no backward"
+    ):
+        linear_softplus(**inputs)
