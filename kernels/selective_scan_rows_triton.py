@@ -83,7 +83,7 @@ def _token(
         if i % 4 == 3:
             chains = chains + (y,)  # noqa: RUF005
     # The upper half of the chains is added to the lower until one is left, first here, then across lanes.
-    for k in tl.static_range(3):
+    for _k in tl.static_range(3):
         if len(chains) > 1:
             halved = ()
             for m in tl.static_range(len(chains) // 2):

@@ -85,8 +85,9 @@ def check(inputs: dict[str, Any], device: torch.device) -> None:
     out = poisoned_like(on_device["u"] if rounds else on_device["u"].float())
     returned, last = selective_scan_fn(**on_device, return_last_state=True, out=out)
     assert returned is out
-    assert_within_twice(out.to(reference.dtype), reference, exact)
-    assert_within_twice(last, reference_last, exact_last)
+    # The decay is 2 to a product that is rounded once more than that of exp.
+    assert_within_twice(out.to(reference.dtype), reference, exact, approximate=0.05)
+    assert_within_twice(last, reference_last, exact_last, approximate=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
