@@ -289,7 +289,7 @@ class RowParallelLinear(ParallelLinear):
         if x.is_cuda and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
             # The GEMM accumulates in float32 anyway; this keeps its result from being rounded on the way out.
             rows = x.flatten(0, -2)
-            if prefers_skinny(len(rows), *self.weight.shape, x.dtype):
+            if prefers_skinny(len(rows), self.weight.shape[0], self.weight.shape[1], x.dtype):
                 y = skinny_linear(rows, self.weight, out_dtype=torch.float32)
             else:
                 y = torch.mm(rows, self.weight.t(), out_dtype=torch.float32)
