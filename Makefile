@@ -31,9 +31,10 @@ lint: $(VENV)/.installed-dev  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@# mypy cannot follow an editable install: show it the package in the layout that a wheel has.
-	@rm -rf build/typecheck/tp_mamba && mkdir -p build/typecheck/tp_mamba
+	@rm -rf build/typecheck && mkdir -p build/typecheck/tp_mamba
 	@ln -s $(CURDIR)/tp_mamba/* $(CURDIR)/kernels $(CURDIR)/launch build/typecheck/tp_mamba/
-	cd build/typecheck && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p tp_mamba
+	@ln -s $(CURDIR)/benchmarks build/typecheck/
+	cd build/typecheck && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p tp_mamba -p benchmarks
 
 format: $(VENV)/.installed-dev  ## let ruff fix what it can, and format
 	$(BIN)/ruff check --fix .

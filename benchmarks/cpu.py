@@ -35,6 +35,8 @@ MODEL = MambaConfig(
     time_step_rank=48,
     vocab_size=50_280,
 )
+THREADS = 2
+"""Of the recorded times."""
 PROMPT, NEW = 32, 32
 FLOAT32_PREFIX = 128
 """Tokens over which the reference is also run in float32, to see what rounding alone costs."""
@@ -155,6 +157,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if torch.get_num_threads() != THREADS:
+        print(
+            f"Goals and recorded times are those of {THREADS} threads, this run has {torch.get_num_threads()}: "
+            f"--threads {THREADS} compares like with like.",
+            file=sys.stderr,
+        )
     return runner.run("cpu", CASES, options, torch.device("cpu"))
 
 

@@ -1,9 +1,9 @@
 """Projections: dt_proj with its softplus, and the products of few rows that decode is made of.
 
-Decode's products are measured as ``torch`` (cuBLAS) computes them, over every weight of falcon-mamba-7b, so that
-"of limit" is the share of the read bandwidth. x_proj's leaves in float32, as in the mixer. Calls run in one CUDA
-graph, each with a weight of its own, so that weights come from memory. The limit is bytes or operations, whichever
-takes longer.
+Decode's products run over every weight of falcon-mamba-7b, as torch (cuBLAS) computes them and, where a kernel of
+ours can stand beside it, by that ("ours"): "of limit" is the share of the read bandwidth. x_proj's leaves in float32,
+as in the mixer. Calls run in one CUDA graph, each with a weight of its own, so that weights come from memory. The
+limit is bytes or operations, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from benchmarks.peers import GEMM, WEIGHTS, Target
 from benchmarks.timing import Samples, replayed
 from tp_mamba.kernels.linear_softplus import linear_softplus
 from tp_mamba.kernels.linear_softplus_reference import linear_softplus_reference
+from tp_mamba.kernels.skinny_linear import skinny_linear
 
 BATCHES = (1, 8, 32, 64)
 TIME_STEPS = [(tokens, channels, 256) for channels in (8192, 4096) for tokens in (1, 32, 64, 256, 2048, 8192)]
+OURS = ("in_proj", "x_proj", "out_proj")
+"""Where our product for few rows is measured: dt_proj has a kernel with its softplus, lm_head is at its limit."""
 CUBLAS_ROUNDS = 4.0
 """How many roundings of bfloat16 cuBLAS may make: a product split along K may add its parts up in bfloat16."""
 
@@ -52,9 +55,16 @@ def build_linear_softplus(
 
 
 def build_product(
-    generator: torch.Generator, *, batch: int, rows: int, columns: int, wide: bool, copies: int | None = None
+    generator: torch.Generator,
+    *,
+    batch: int,
+    rows: int,
+    columns: int,
+    wide: bool,
+    ours: bool = False,
+    copies: int | None = None,
 ) -> Workload:
-    """``x @ weight.T`` for ``weight [rows, columns]``, into float32 if ``wide``."""
+    """``x @ weight.T`` for ``weight [rows, columns]``, into float32 if ``wide``, by cuBLAS or by our kernel."""
     copies = copies or links(_bytes(batch, rows, columns))
     inputs = [
         (normal(generator, batch, columns), normal(generator, rows, columns, std=columns**-0.5))
@@ -65,8 +75,10 @@ def build_product(
         x, weight = inputs[i]
         return F.linear(x.double(), weight.double())
 
-    product = _wide_product if wide else _product
-    calls = [partial(product, *each) for each in inputs]
+    if ours:
+        product = partial(skinny_linear, out_dtype=torch.float32 if wide else None)
+        return _workload([partial(product, *each) for each in inputs], exact, generator.device)
+    calls = [partial(_wide_product if wide else _product, *each) for each in inputs]
     return _workload(calls, exact, generator.device, rounds=CUBLAS_ROUNDS)
 
 
@@ -122,15 +134,15 @@ def _time_steps_case(tokens: int, channels: int, rank: int) -> Case:
     )
 
 
-def _product_case(weight: str, batch: int) -> Case:
+def _product_case(weight: str, batch: int, by: str) -> Case:
     rows, columns = WEIGHTS[weight]
     wide = weight.startswith("x_proj")
     moved = _bytes(batch, rows, columns, 4 if wide else 2)
     return Case(
-        name=f"{weight} {rows} x {columns}, batch {batch}, cuBLAS",
+        name=f"{weight} {rows} x {columns}, batch {batch}, {by}",
         unit="us",
-        sizes={"rows": batch, "form": weight},
-        build=partial(build_product, batch=batch, rows=rows, columns=columns, wide=wide),
+        sizes={"rows": batch, "form": weight, "by": by},
+        build=partial(build_product, batch=batch, rows=rows, columns=columns, wide=wide, ours=by == "ours"),
         limit=_limit(batch, rows, columns, moved),
         target=GEMM.get((weight, batch), Target()),
         work=(moved, "bytes"),
@@ -138,7 +150,10 @@ def _product_case(weight: str, batch: int) -> Case:
 
 
 CASES = [_time_steps_case(*sizes) for sizes in TIME_STEPS] + [
-    _product_case(weight, batch) for weight in WEIGHTS for batch in BATCHES
+    _product_case(weight, batch, by)
+    for weight in WEIGHTS
+    for batch in BATCHES
+    for by in ("cuBLAS", *(["ours"] if weight.startswith(OURS) else []))
 ]
 
 

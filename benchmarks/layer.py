@@ -106,16 +106,15 @@ CASES = [
 
 
 @torch.no_grad()
-def profile(cases: str, seed: int | None) -> None:
-    """Print the kernels of one call of each chosen case."""
-    for sequences, length, channels in LAYER:
-        name = f"{sequences} x {length}, D {channels}"
-        if cases in name:
-            generator = torch.Generator("cuda").manual_seed(seed or 0)
-            mixer, h_TH, metadata, state = prepare(
-                generator, sequences=sequences, length=length, hidden=HIDDEN, channels=channels, rank=RANK
-            )
-            kernel_profile.show(name, partial(mixer, h_TH, metadata, state))
+def profile(cases: Sequence[Case], seed: int | None) -> None:
+    """Print the kernels of one call of each of ``cases``; nothing is checked."""
+    for case in cases:
+        sequences, length, channels = (int(case.sizes[size]) for size in ("sequences", "length", "D"))
+        generator = torch.Generator("cuda").manual_seed(seed or 0)
+        mixer, h_TH, metadata, state = prepare(
+            generator, sequences=sequences, length=length, hidden=HIDDEN, channels=channels, rank=RANK
+        )
+        kernel_profile.show(case.name, partial(mixer, h_TH, metadata, state))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,8 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not runner.has_gpu("layer"):
         return 2
     if options.profile:
-        profile(options.cases, options.seed)
-        return 0
+        chosen = runner.choose("layer", CASES, options.cases)
+        profile(chosen, options.seed)
+        return 0 if chosen else 2
     return runner.run("layer", CASES, options, torch.device("cuda"))
 
 

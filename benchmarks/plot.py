@@ -1,148 +1,255 @@
 """Draws recorded results to PNG: share of the limit by case, time by length, time by batch.
 
-    python -m benchmarks.plot benchmarks/results/*.json --out benchmarks/results
+    python -m benchmarks.plot benchmarks/results/h200/*.json --out benchmarks/results/h200
 
-writes share.png, length.png and batch.png, each from the results that have something for it. Needs matplotlib
-(``pip install -e ".[bench]"``).
+writes share.png, length.png and batch.png, each from the results that have something for it; of a case in several
+files the newest is drawn. Needs matplotlib (``pip install -e ".[bench]"``).
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks.case import UNITS
-from benchmarks.report import Row, figures, read_json
+from benchmarks.recorded import TITLES, Result, read, source, unit
+from benchmarks.report import Row, figures
+
+WIDTH, DPI = 8.0, 160
+"""Inches and dots: letters of 8 points are 11 pixels high where a figure is shown 800 pixels wide."""
+
+SHADES = 64
+"""Colours of a file: enough for lines and letters, and a third of the bytes."""
+
+LIMITS = {
+    "scan": "the exponential unit",
+    "conv": "bytes",
+    "state_update": "bytes",
+    "norm": "bytes",
+    "gemm": "bytes or operations",
+    "layer": "its four products",
+    "decode": "bytes",
+    "cpu": "its products",
+}
+"""What a benchmark cannot be faster than."""
+
+OURS = ("#2166ac", "#67a9cf", "#5aae61")
+BARS = ("#2166ac", "#5aae61", "#8073ac", "#e08214")
+GOAL, PEER, FAINT = "#b2182b", "#444444", "#888888"
+PEER_MARKS = ("o", "D", "s", "^", "v", "P", "X")
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+}
 
 
-class Result(NamedTuple):
-    """One row and the benchmark that it is of."""
-
-    benchmark: str
-    row: Row
-
-    def seconds(self, value: float) -> float:
-        return value / UNITS[self.row.unit]
+def peers_of(rows: Sequence[Row]) -> dict[str, str]:
+    """A mark for each program that one of ``rows`` is held against."""
+    names = dict.fromkeys(name for row in rows for name in row.peers)
+    return {name: PEER_MARKS[i % len(PEER_MARKS)] for i, name in enumerate(names)}
 
 
-def read(paths: Iterable[Path]) -> tuple[list[Result], str]:
-    """Every row that has a time, and a line about where they come from.
-
-    Raises:
-        ValueError: a file is no result.
-    """
-    results, sources = [], []
-    for path in paths:
-        benchmark, environment, rows = read_json(path)
-        results += [Result(benchmark, row) for row in rows if row.median is not None]
-        commit = (environment["commit"] or "unknown")[:12]
-        sources.append(
-            f"{environment['hardware']}, torch {environment['torch']}, commit {commit}, {environment['date'][:10]}"
-        )
-    return results, "; ".join(dict.fromkeys(sources))
-
-
-def draw_share(axes: Any, results: Sequence[Result]) -> bool:
-    """A bar a case: its limit over its time, with the time beside it."""
+def draw_share(figure: Any, results: Sequence[Result]) -> list[Result]:
+    """A bar a case, its limit over its time; goals and peers on the same scale, the time beside it."""
     chosen = [result for result in results if result.row.share is not None]
-    positions = range(len(chosen))
-    benchmarks = list(dict.fromkeys(result.benchmark for result in chosen))
-    colours = {name: f"C{i % 10}" for i, name in enumerate(benchmarks)}
-    axes.barh(
-        positions,
-        [100 * (result.row.share or 0) for result in chosen],
-        color=[colours[result.benchmark] for result in chosen],
-    )
-    for position, (_, row) in zip(positions, chosen, strict=True):
-        axes.text(
-            100 * (row.share or 0) + 0.7,
-            position,
-            f"{figures(row.median or 0)} {row.unit}",
-            va="center",
-            fontsize=7,
-        )
-    axes.set_yticks(positions, [f"{name}: {row.case}" for name, row in chosen], fontsize=7)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
+    if not chosen:
+        return []
+    axes = figure.add_subplot()
+    peers = peers_of([result.row for result in chosen])
+    place, ticks = 0.0, []
+    for i, (benchmark, group) in enumerate(groupby(chosen, key=lambda result: result.benchmark)):
+        heading = axes.annotate(
+            TITLES.get(benchmark, benchmark), (0, place), (4, 0), textcoords="offset points", weight="bold",
+            va="center", fontsize=9,
+        )  # fmt: skip
+        if benchmark in LIMITS:
+            axes.annotate(
+                f"limit: {LIMITS[benchmark]}", (1, 0.5), (6, 0), xycoords=heading, textcoords="offset points",
+                va="center", color=FAINT,
+            )  # fmt: skip
+        for result in group:
+            place += 1
+            _draw_bar(axes, place, result.row, BARS[i % len(BARS)], peers)
+            ticks.append((place, result.row.case))
+        place += 1.4
+    axes.set_yticks(*zip(*ticks, strict=True))
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(place - 0.6, -0.7)
+    axes.set_xlim(0, 100)
+    axes.set_xticks(range(0, 101, 20), [f"{share} %" for share in range(0, 101, 20)])
     axes.axvline(100, color="black", linewidth=0.8)
-    axes.set_xlabel("share of the limit, %")
-    axes.figure.set_size_inches(10, 1.5 + 0.2 * len(chosen))
-    return bool(chosen)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("limit of the hardware / time")
+    handles = [
+        _mark("|", GOAL, "goal", markersize=9, markeredgewidth=2),
+        *(_mark(mark, PEER, name, fillstyle="none") for name, mark in peers.items()),
+    ]
+    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.45, 1), ncols=min(6, len(handles)))
+    figure.set_size_inches(WIDTH, 1.3 + 0.175 * place)
+    return chosen
 
 
-def draw_length(axes: Any, results: Sequence[Result]) -> bool:
-    """Lines over the tokens of one sequence."""
-    return _draw_lines(
-        axes, [r for r in results if r.row.sizes.get("sequences") == 1], "length", "tokens of one sequence"
+def _draw_bar(axes: Any, place: float, row: Row, colour: str, peers: dict[str, str]) -> None:
+    limit = row.limit or 0.0
+    axes.barh(place, 100 * (row.share or 0), color=colour, height=0.72)
+    axes.text(101, place, f"{figures(row.median or 0)} {unit(row)}", va="center_baseline", fontsize=7.5)
+    if row.must is not None:
+        at = 100 * limit / row.must
+        axes.plot([at, at], [place - 0.42, place + 0.42], color=GOAL, linewidth=2, solid_capstyle="butt")
+    for name, time in row.peers.items():
+        axes.plot(
+            100 * limit / time, place, peers[name], color=PEER, markersize=4, markerfacecolor="white",
+            markeredgewidth=0.8,
+        )  # fmt: skip
+
+
+def draw_length(figure: Any, results: Sequence[Result]) -> list[Result]:
+    """Time over the tokens of one sequence."""
+    return _draw_panels(
+        figure, [r for r in results if r.row.sizes.get("sequences") == 1], "length", "tokens of one sequence"
     )
 
 
-def draw_batch(axes: Any, results: Sequence[Result]) -> bool:
-    """Lines over the sequences that take a step together."""
-    return _draw_lines(axes, results, "batch", "sequences")
+def draw_batch(figure: Any, results: Sequence[Result]) -> list[Result]:
+    """Time over the sequences that take a step together."""
+    return _draw_panels(figure, results, "batch", "sequences")
 
 
-def _draw_lines(axes: Any, results: Sequence[Result], over: str, label: str) -> bool:
-    """A line of times a benchmark, D and form; dashed its limit, dotted its recorded peers."""
-    lines: dict[tuple[Any, ...], list[Result]] = {}
+def _draw_panels(figure: Any, results: Sequence[Result], over: str, label: str) -> list[Result]:
+    """A panel a benchmark and D, where anything was measured at two sizes or more."""
+    panels: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
         if over in result.row.sizes:
-            key = (result.benchmark, result.row.sizes.get("D"), result.row.sizes.get("form"))
-            lines.setdefault(key, []).append(result)
-    lines = {key: line for key, line in lines.items() if len(line) > 1}
-    for i, ((benchmark, channels, form), line) in enumerate(lines.items()):
-        line.sort(key=lambda result: result.row.sizes[over])
-        x, colour = [result.row.sizes[over] for result in line], f"C{i % 10}"
-        name = ", ".join([benchmark, *([form] if form else []), *([f"D {channels}"] if channels else [])])
-        axes.plot(x, [r.seconds(r.row.median or 0) for r in line], "o-", color=colour, label=name)
-        if all(result.row.limit for result in line):
-            axes.plot(x, [r.seconds(r.row.limit or 0) for r in line], "--", color=colour, linewidth=0.8)
-        for peer in dict.fromkeys(peer for result in line for peer in result.row.peers):
-            known = [result for result in line if peer in result.row.peers]
-            axes.plot(
-                [result.row.sizes[over] for result in known],
-                [result.seconds(result.row.peers[peer]) for result in known],
-                "x:",
-                color=colour,
-                linewidth=0.8,
-                markersize=4,
-            )
-            axes.annotate(
-                peer, (known[-1].row.sizes[over], known[-1].seconds(known[-1].row.peers[peer])), fontsize=6
-            )
-    if lines:
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        ticks = sorted({result.row.sizes[over] for line in lines.values() for result in line})
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            kind = "" if result.benchmark != "conv" else f" {result.row.sizes.get('form')}"
+            panels.setdefault((f"{result.title}{kind}", result.row.sizes.get("D")), []).append(result)
+    panels = {
+        key: found for key, found in panels.items() if len({result.row.sizes[over] for result in found}) > 1
+    }
+    if not panels:
+        return []
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, ((title, channels), found) in zip(grid, panels.items(), strict=False):
+        axes.set_title(title if channels is None else f"{title}, D {channels}")
+        _draw_panel(axes, found, over)
         axes.set_xlabel(label)
-        axes.set_ylabel("seconds (dashed: limit; dotted: recorded peers)")
-        axes.legend(fontsize=7)
-        axes.grid(alpha=0.3)
-        axes.figure.set_size_inches(10, 7)
-    return bool(lines)
+        axes.set_ylabel(unit(found[0].row))
+    for axes in grid[len(panels) :]:
+        axes.axis("off")
+    figure.set_size_inches(WIDTH, 0.6 + 3.1 * rows)
+    return [result for found in panels.values() for result in found]
 
 
-PLOTS = {"share": draw_share, "length": draw_length, "batch": draw_batch}
+def _of_peer(name: str, row: Row) -> float | None:
+    return row.peers.get(name)
 
 
-def draw(results: Sequence[Result], source: str, folder: Path) -> list[Path]:
-    """Write the plots that ``results`` have something for; returns their paths."""
+def _draw_panel(axes: Any, results: Sequence[Result], over: str) -> None:
+    """A line for each form of ours; the limit, the goals and the peers, each once."""
+
+    def points(rows: Sequence[Row], value: Callable[[Row], float | None]) -> list[list[Any]]:
+        known = {row.sizes[over]: value(row) for row in rows if value(row) is not None}
+        return [list(known), list(known.values())]
+
+    rows = sorted((result.row for result in results), key=lambda row: row.sizes[over])
+    forms = list(dict.fromkeys(row.sizes.get("form") for row in rows))
+    for i, form in enumerate(forms):
+        line = [row for row in rows if row.sizes.get("form") == form]
+        name = f"ours, {form}" if len(forms) > 1 else "ours"
+        axes.plot(
+            *points(line, lambda row: row.median), "o-", color=OURS[i % len(OURS)], markersize=5, linewidth=2,
+            zorder=3, label=name,
+        )  # fmt: skip
+    axes.plot(
+        *points(rows, lambda row: row.must), "_", color=GOAL, markersize=14, markeredgewidth=2, label="goal"
+    )
+    axes.plot(*points(rows, lambda row: row.limit), "--", color="black", linewidth=1, label="limit")
+    for name, mark in peers_of(rows).items():
+        axes.plot(
+            *points(rows, partial(_of_peer, name)), marker=mark, color=FAINT, linewidth=0.8,
+            markersize=4.5, markerfacecolor="white", label=name,
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    sizes = sorted({row.sizes[over] for row in rows})
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.margins(x=0.12)
+    _label_values(axes)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="upper left")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.25)  # room for the legend
+
+
+def _label_values(axes: Any) -> None:
+    """Plain numbers at 1, 2 and 5 of every decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _mark(mark: str, colour: str, label: str, **style: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], marker=mark, color=colour, label=label, linestyle="none", **style)
+
+
+PLOTS = {
+    "share": (draw_share, "Share of the hardware's limit"),
+    "length": (draw_length, "Time by length"),
+    "batch": (draw_batch, "Time by batch"),
+}
+
+
+def draw(results: Sequence[Result], folder: Path) -> list[Path]:
+    """Write the plots that ``results`` have something for; returns their paths.
+
+    Raises:
+        ValueError: the folder cannot be made or written to.
+    """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, draw_one in PLOTS.items():
-        figure = Figure(layout="constrained")
-        axes = figure.add_subplot()
-        if draw_one(axes, results):
-            axes.set_title(source, fontsize=7)
-            written.append(folder / f"{name}.png")
-            figure.savefig(written[-1], dpi=150)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with rc_context(STYLE):
+            for name, (draw_one, title) in PLOTS.items():
+                figure = Figure(layout="constrained")
+                drawn = draw_one(figure, results)
+                if drawn:
+                    hardware = dict.fromkeys(result.environment["hardware"] for result in drawn)
+                    figure.suptitle(f"{title}, {' and '.join(hardware)}", fontsize=12, weight="bold")
+                    figure.supxlabel(source(drawn), color=FAINT, fontsize=7.5)
+                    written.append(folder / f"{name}.png")
+                    save(figure, written[-1])
+    except OSError as failure:
+        raise ValueError(f"--out {folder} cannot be written ({failure.strerror}): give a folder") from failure
     return written
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write ``figure`` as a PNG of :data:`SHADES` colours."""
+    from PIL import Image
+
+    whole = io.BytesIO()
+    figure.savefig(whole, dpi=DPI)
+    Image.open(whole).convert("RGB").quantize(SHADES).save(path, optimize=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,8 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FOLDER", type=Path, default=Path(), help="where the PNG files go")
     options = parser.parse_args(argv)
     try:
-        results, source = read(options.results)
-        written = draw(results, source, options.out)
+        written = draw(read(options.results), options.out)
     except ValueError as failure:
         print(failure, file=sys.stderr)
         return 2

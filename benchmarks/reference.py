@@ -50,7 +50,7 @@ def scan_reference(
     def wide(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device or tensor.device).double()
 
-    return selective_scan_reference(
+    out, last_state = selective_scan_reference(
         wide(x.u[:, channels].t()),
         wide(x.delta[:, channels].t()),
         wide(x.A[channels]),
@@ -65,6 +65,7 @@ def scan_reference(
         has_initial_state=has_initial_state,
         ssm_states=ssm_states,
     )
+    return out, last_state
 
 
 def mixer_reference(

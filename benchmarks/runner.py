@@ -64,13 +64,26 @@ def parser(name: str, doc: str | None, cases: Sequence[Case], samples: int) -> a
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    """A number of an option, at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number: give 1 or more")
+    return int(text)
 
 
-positive.__name__ = "positive number"  # argparse puts it into "invalid ... value"
+def choose(name: str, cases: Sequence[Case], part: str) -> list[Case]:
+    """The cases with ``part`` in their name; says so if there are none."""
+    chosen = [case for case in cases if part in case.name]
+    if not chosen:
+        print(
+            f"--cases {part!r} is in no name of a case, such as {cases[0].name!r}: "
+            f"python -m benchmarks.{name} --help lists them all",
+            file=sys.stderr,
+        )
+    return chosen
 
 
 def main(
@@ -101,13 +114,8 @@ def run(
     device: torch.device,
 ) -> int:
     """Check and time the chosen cases; returns 0, 1 if any failed, 2 for options that fit nothing."""
-    chosen = [case for case in cases if options.cases in case.name]
+    chosen = choose(name, cases, options.cases)
     if not chosen:
-        names = "; ".join(case.name for case in cases)
-        print(
-            f"--cases {options.cases!r} is in no name of a case: give a part of one of {names}",
-            file=sys.stderr,
-        )
         return 2
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     environment = describe(device, options.commit)

@@ -42,7 +42,8 @@ torch.library.define(
     "tp_mamba::selective_scan",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "bool delta_softplus, Tensor? query_start_loc, Tensor? cache_indices, Tensor? has_initial_state, "
-    "Tensor(a!)? ssm_states, Tensor(b!)? last_state, int pad_slot_id, Tensor(c!) out) -> ()",
+    "Tensor(a!)? ssm_states, Tensor(b!)? last_state, int pad_slot_id, Tensor(c!) out, "
+    "Tensor(d!)? saved_states=None, int save_states_every=1) -> ()",
 )
 
 
@@ -64,6 +65,8 @@ def _selective_scan(
     last_state: torch.Tensor | None,
     pad_slot_id: int,
     out: torch.Tensor,
+    saved_states: torch.Tensor | None = None,
+    save_states_every: int = 1,
 ) -> None:
     if use_triton(u):
         from tp_mamba.kernels.selective_scan_triton import selective_scan_triton as run
@@ -71,7 +74,7 @@ def _selective_scan(
         from tp_mamba.kernels.selective_scan_cpu import selective_scan_cpu as run
     run(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, query_start_loc, cache_indices,
-        has_initial_state, ssm_states, last_state, pad_slot_id, out,
+        has_initial_state, ssm_states, last_state, pad_slot_id, out, saved_states, save_states_every,
     )  # fmt: skip
 
 
@@ -108,7 +111,8 @@ def selective_scan_fn(
     ssm_states: torch.Tensor | None = None,
     pad_slot_id: int = -1,
     out: torch.Tensor | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    save_states_every: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Scan every sequence of a batch; mamba_ssm's ``selective_scan_fn`` plus vLLM's packing and state slots.
 
     Tensors may have any strides. Token-major storage (channel stride 1, as ``x.t()`` of a ``[T, D]`` tensor
@@ -137,14 +141,21 @@ def selective_scan_fn(
         pad_slot_id: the index that stands for no slot.
         out: written and returned; shape of ``u``, any float dtype. It may be ``u``, ``delta`` or ``z`` itself (vLLM
             writes over ``delta`` or ``z``) or share no memory with an argument; an overlap in part is not seen.
+        save_states_every: ``k``, 1 or more: also return the states before the tokens ``0, k, 2k, ..`` of each
+            sequence, the first of them its initial state. Fastest as a multiple of 8.
 
     Returns:
-        ``out`` in the shape (and unless given the dtype) of ``u``, or ``(out, last_state)`` with ``last_state``
-        ``[B or S, D, N]`` in float32 (float64 for float64 ``u``).
+        ``out`` in the shape (and unless given the dtype) of ``u``; or a tuple of it and of what was asked for,
+        ``last_state`` before ``saved_states``, both in float32 (float64 for float64 ``u``):
+
+        * ``last_state [B or S, D, N]``.
+        * ``saved_states [B, ceil(L / k), D, N]``, for a packed batch ``[T // k + S, D, N]``, with channels contiguous:
+          row ``j`` is the state before token ``jk``. Packed, sequence ``s`` has the ``ceil(length / k)`` rows from
+          ``query_start_loc[s] // k + s`` on; rows that no sequence has are left unwritten.
 
     Raises:
-        ValueError: a wrong number of dimensions, size, dtype or device, or a state argument without
-            ``ssm_states``; before anything is written.
+        ValueError: a wrong number of dimensions, size, dtype or device, a state argument without
+            ``ssm_states``, or ``save_states_every`` not a whole number of 1 or more; before anything is written.
         RuntimeError: an input requires grad in grad mode (the op has no backward).
     """
     inputs = [
@@ -204,6 +215,12 @@ def selective_scan_fn(
                 f"{_OP}: ssm_states has shape {list(ssm_states.shape)} but must be [slots, D, N] with D = {channels}, "
                 f"N = {n} and at least {slots_needed} slots; allocate it so or pass cache_indices"
             )
+    k = save_states_every
+    if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+        raise ValueError(
+            f"{_OP}: save_states_every is {k!r} but must be an int of 1 or more; "
+            "pass the number of tokens from one saved state to the next, or None to save none"
+        )
     refuse_grad(_OP, inputs + states)
 
     if (
@@ -213,15 +230,23 @@ def selective_scan_fn(
         B, C = _in_groups(B, groups), _in_groups(C, groups)
     if out is None:
         out = torch.empty_like(u)
-    last_state = None
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    last_state = saved_states = None
     if return_last_state:
-        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
         last_state = torch.empty(sequences, channels, n, dtype=dtype, device=u.device)
+    if k is not None:
+        # Rows of two sequences never meet: first // k + ceil(length / k) <= (first + length) // k + 1.
+        rows = (u.shape[-1] // k + sequences,) if packed else (sequences, -(-u.shape[-1] // k))
+        saved_states = torch.empty(*rows, n, channels, dtype=dtype, device=u.device)
     torch.ops.tp_mamba.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, without_gaps(query_start_loc),
         without_gaps(cache_indices), without_gaps(has_initial_state), ssm_states, last_state, pad_slot_id, out,
+        saved_states, k or 1,
     )  # fmt: skip
-    return out if last_state is None else (out, last_state)
+    if saved_states is not None:
+        saved_states = saved_states.mT
+    returned = tuple(x for x in (out, last_state, saved_states) if x is not None)
+    return returned if len(returned) > 1 else out
 
 
 def _by_group(name: str, x: torch.Tensor, u: torch.Tensor, n: int, packed: bool) -> torch.Tensor:

@@ -43,6 +43,8 @@ def selective_scan_cpu(
     last_state: torch.Tensor | None,
     pad_slot_id: int,
     out: torch.Tensor,
+    saved_states: torch.Tensor | None = None,
+    save_states_every: int = 1,
 ) -> None:
     """Arguments as the op ``tp_mamba::selective_scan``; any device, computing in float32 or float64."""
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
@@ -63,14 +65,36 @@ def selective_scan_cpu(
         h = torch.zeros(n, channels, dtype=dtype, device=u.device)
         if ssm_states is not None and keeps and initial[s]:
             h.copy_(ssm_states[slots[s]].t())
+        saved = None
+        if saved_states is not None:
+            count = -(-(stop - start) // save_states_every)
+            first_row = 0 if query_start_loc is None else start // save_states_every + s
+            of_sequence = saved_states[row] if query_start_loc is None else saved_states
+            saved = _Saved(of_sequence[first_row : first_row + count], save_states_every, h)
         for first in range(start, stop, _PIECE * block):
             part = slice(first, min(first + _PIECE * block, stop))
             x, dt, b, c, y = (tensor[row, ..., part].movedim(-1, 0) for tensor in (u, delta, B, C, out))
-            scan.advance(y, h, x, dt, b, c, None if z is None else z[row, :, part].t())
+            scan.advance(y, h, x, dt, b, c, None if z is None else z[row, :, part].t(), saved)
         if ssm_states is not None and keeps:
             ssm_states[slots[s]].t().copy_(h)
         if last_state is not None:
             last_state[s].t().copy_(h)
+
+
+class _Saved:
+    """The rows ``[ceil(tokens / every), N, D]`` of one sequence, filled while its tokens go by."""
+
+    def __init__(self, rows: torch.Tensor, every: int, initial: torch.Tensor) -> None:
+        self.rows, self.every, self.token = rows, every, 0
+        self.rows[:1] = initial  # none for an empty sequence
+
+    def take(self, states: torch.Tensor) -> None:
+        """``states [tokens, N, D]`` after each of the next tokens: copy those before a multiple of ``every``."""
+        first = self.every - 1 - self.token % self.every
+        row = (self.token + first + 1) // self.every
+        due = states[first :: self.every][: len(self.rows) - row]  # the last state of all has no row
+        self.rows[row : row + len(due)] = due
+        self.token += len(states)
 
 
 class _Scan:
@@ -102,6 +126,7 @@ class _Scan:
         B: torch.Tensor,
         C: torch.Tensor,
         z: torch.Tensor | None,
+        saved: _Saved | None,
     ) -> None:
         """``out [tokens, D]`` of ``u, delta, z [tokens, D]`` and ``B, C [tokens, G, N]``; ``h [N, D]`` in place."""
         x, dt = u.to(self.dtype), delta.to(self.dtype)
@@ -113,7 +138,7 @@ class _Scan:
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         of_blocks = ((dt * LOG2_E)[:, None], (dt * x)[:, None], B, C, y)
         for block in zip(*(tensor.split(len(self.steps)) for tensor in of_blocks), strict=True):
-            self._recur(h, *block)
+            self._recur(h, saved, *block)
         if self.D is not None:
             y.addcmul_(x, self.D)
         if z is None:
@@ -124,6 +149,7 @@ class _Scan:
     def _recur(
         self,
         h: torch.Tensor,
+        saved: _Saved | None,
         exponents: torch.Tensor,
         increments: torch.Tensor,
         B: torch.Tensor,
@@ -143,6 +169,8 @@ class _Scan:
         for decay, state in self.steps[:tokens]:
             previous = state.addcmul_(decay, previous)
         h.copy_(previous)
+        if saved is not None:
+            saved.take(states)
         if C.shape[2] == 1 and C.shape[1] <= MATMUL_STATES:
             torch.bmm(C.mT, states, out=y[:, None])
         else:

@@ -28,12 +28,14 @@ def selective_scan_reference(
     has_initial_state: torch.Tensor | None = None,
     ssm_states: torch.Tensor | None = None,
     pad_slot_id: int = -1,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    save_states_every: int | None = None,
+) -> tuple[torch.Tensor, ...]:
     """Arguments as :func:`tp_mamba.kernels.selective_scan.selective_scan_fn`; ``ssm_states`` is written in place.
 
     Returns:
         ``(out, last_state)``: ``out`` in the shape and dtype of ``u``, ``last_state [S, D, N]`` in float32
-        (float64 for float64 ``u``). Tokens outside ``query_start_loc`` are zero in ``out``.
+        (float64 for float64 ``u``). Tokens outside ``query_start_loc`` are zero in ``out``. With ``save_states_every``
+        also ``saved_states``, in which rows that no sequence has are zero.
     """
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     n = A.shape[1]
@@ -65,6 +67,11 @@ def selective_scan_reference(
         delta_all = F.softplus(delta_all, threshold=20.0)
     y_all = torch.zeros_like(u_all)
     last_state = torch.zeros(len(spans), *A.shape[:1], n, dtype=dtype, device=u.device)
+    k, length = save_states_every, u.shape[-1]
+    saved_states = None
+    if k is not None:
+        rows = (length // k + len(spans),) if query_start_loc is not None else (len(spans), -(-length // k))
+        saved_states = torch.zeros(*rows, *A.shape, dtype=dtype, device=u.device)
 
     for s, (row, start, stop) in enumerate(spans):
         slot = s if cache_indices is None else int(cache_indices[s])
@@ -73,6 +80,9 @@ def selective_scan_reference(
         if ssm_states is not None and keeps and has_initial_state is not None and bool(has_initial_state[s]):
             h = ssm_states[slot].to(dtype)
         for t in range(start, stop):
+            if k is not None and saved_states is not None and (t - start) % k == 0:
+                j = (t - start) // k
+                saved_states[start // k + s + j if query_start_loc is not None else (s, j)] = h
             dt = delta_all[row, :, t, None]
             h = torch.exp(dt * A.to(dtype)) * h + dt * b_all[row, :, :, t] * u_all[row, :, t, None]
             y_all[row, :, t] = (h * c_all[row, :, :, t]).sum(-1)
@@ -84,4 +94,5 @@ def selective_scan_reference(
         y_all = y_all + D.to(dtype)[:, None] * u_all
     if z is not None:
         y_all = y_all * F.silu(dense(z))
-    return (y_all if query_start_loc is None else y_all[0]).to(u.dtype), last_state
+    out = (y_all if query_start_loc is None else y_all[0]).to(u.dtype)
+    return (out, last_state) if saved_states is None else (out, last_state, saved_states)

@@ -120,6 +120,28 @@ def _tokens(
     return after
 
 
+@triton.jit
+def first_saved_row(i_s, first, length, every, VARLEN: tl.constexpr):
+    """The row of ``saved_states`` with the initial state of sequence ``i_s``, which begins at token ``first``."""
+    return first // every + i_s if VARLEN else i_s * ((length - 1) // every + 1)
+
+
+@triton.jit
+def _save_due(
+    saved_ptr, left, every, h, d, lane, inside, channels, TOKENS: tl.constexpr,
+    N: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Before ``TOKENS`` tokens: if none is left until states are due, store them; ``(their next row, tokens left)``."""
+    if left == 0:
+        for k in tl.static_range(BLOCKS):
+            for i in tl.static_range(PER_LANE):
+                n = 4 * LANES * (i // 4) + 4 * lane + i % 4
+                tl.store(saved_ptr + (n * channels + d + k * BLOCK_D), h[k][i], mask=inside[k])
+        saved_ptr += channels.to(tl.int64) * N
+        left = every
+    return saved_ptr, left - TOKENS
+
+
 @jit_by_type
 @no_type_check  # a Triton kernel's body is not Python
 def selective_scan_rows_kernel(
@@ -134,6 +156,7 @@ def selective_scan_rows_kernel(
     bias_ptr,  # [D] or None
     state_ptr,  # [slots, D, N] or None, in and out
     last_ptr,  # [S, D, N] float32 contiguous, or None, out
+    saved_ptr,  # [rows, N, D] float32 contiguous, or None, out
     start_ptr,  # [S + 1] int, or None: dense
     slot_ptr,  # [S] int, or None: slot s for sequence s
     initial_ptr,  # [S] bool, or None: no sequence has one
@@ -144,6 +167,7 @@ def selective_scan_rows_kernel(
     A_stride_d: tl.int64, A_stride_n: tl.int64, B_stride_s: tl.int64, C_stride_s: tl.int64,
     D_stride: tl.int64, bias_stride: tl.int64,
     state_stride_s: tl.int64, state_stride_d: tl.int64, state_stride_n: tl.int64,
+    save_every: tl.int64,  # where states are saved a multiple of STEPS: only a group's first token can be due
     # A model has one of each, whatever the batch: as constants they cost no instruction.
     u_stride_t: tl.constexpr, delta_stride_t: tl.constexpr, z_stride_t: tl.constexpr,
     out_stride_t: tl.constexpr, B_stride_t: tl.constexpr, C_stride_t: tl.constexpr,
@@ -163,6 +187,7 @@ def selective_scan_rows_kernel(
     HAS_SLOTS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_LAST: tl.constexpr,
+    HAS_SAVED: tl.constexpr,
 ):  # fmt: skip
     PER_LANE: tl.constexpr = N // LANES
     FOUR_B: tl.constexpr = B_ptr.dtype.element_ty.primitive_bitwidth // 2  # bytes of four states
@@ -232,6 +257,11 @@ def selective_scan_rows_kernel(
         skip = skip + (skip_k,)  # noqa: RUF005
         bias = bias + (bias_k,)  # noqa: RUF005
 
+    if HAS_SAVED:
+        saved_ptr += first_saved_row(i_s, first, length, save_every, VARLEN) * channels * N
+        every = tl.minimum(save_every, steps).to(tl.int32)
+        left = every * 0
+
     # Whole groups of STEPS tokens, the next group's rows loaded before this one's are used; then what is left.
     groups = steps // STEPS
     rows = ()
@@ -253,6 +283,10 @@ def selective_scan_rows_kernel(
                 ),
             )
     for g in range(groups):
+        if HAS_SAVED:  # before the next group's loads, whose registers are still free
+            saved_ptr, left = _save_due(
+                saved_ptr, left, every, h, d, lane, inside, channels, STEPS, N, LANES, PER_LANE, BLOCK_D, BLOCKS
+            )  # fmt: skip
         # The last group loads itself once more: cheaper than masks, whose loads have to be zeroed first.
         step = (g + 1 < groups).to(tl.int64) * STEPS
         u_ptr += step * u_stride_t
@@ -312,6 +346,10 @@ def selective_scan_rows_kernel(
         B_ptr = tl.multiple_of(B_ptr + done * B_stride_t, FOUR_B)
         C_ptr = tl.multiple_of(C_ptr + done * C_stride_t, FOUR_C)
     for _ in range(steps - groups * STEPS):
+        if HAS_SAVED:
+            saved_ptr, left = _save_due(
+                saved_ptr, left, every, h, d, lane, inside, channels, 1, N, LANES, PER_LANE, BLOCK_D, BLOCKS
+            )
         last_rows = _load_rows(
             u_ptr, delta_ptr, z_ptr, 0, inside, u_stride_t, delta_stride_t, z_stride_t, BLOCK_D, BLOCKS, HAS_Z
         )

@@ -11,6 +11,7 @@ Sequence lengths are read on the device, so one launch serves any mix of lengths
 
 from __future__ import annotations
 
+import math
 from typing import no_type_check
 
 import torch
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.approx_triton import LOG2_E
-from tp_mamba.kernels.selective_scan_rows_triton import selective_scan_rows_kernel
+from tp_mamba.kernels.selective_scan_rows_triton import first_saved_row, selective_scan_rows_kernel
 from tp_mamba.kernels.ssm_token_triton import BLOCK_D, jit_by_type, launch_shape, ssm_token
 
 STEPS = 4
@@ -40,6 +41,16 @@ def _load_rows(
     return u, delta, z
 
 
+@triton.jit
+def _save_due(saved_ptr, left, every, h, offsets, mask, channels, N: tl.constexpr):
+    """Before a token: if none is left until a state is due, store it; ``(its next row, tokens left until then)``."""
+    if left == 0:
+        tl.store(saved_ptr + offsets, h, mask=mask)
+        saved_ptr += channels.to(tl.int64) * N
+        left = every
+    return saved_ptr, left - 1
+
+
 @jit_by_type
 @no_type_check  # a Triton kernel's body is not Python
 def _selective_scan_kernel(
@@ -54,6 +65,7 @@ def _selective_scan_kernel(
     bias_ptr,  # [D] or None
     state_ptr,  # [slots, D, N] or None, in and out
     last_ptr,  # [S, D, N] float32 contiguous, or None, out
+    saved_ptr,  # [rows, N, D] float32 contiguous, or None, out
     start_ptr,  # [S + 1] int, or None: dense
     slot_ptr,  # [S] int, or None: slot s for sequence s
     initial_ptr,  # [S] bool, or None: no sequence has one
@@ -70,6 +82,7 @@ def _selective_scan_kernel(
     C_stride_s: tl.int64, C_stride_t: tl.int64, C_stride_g: tl.int64, C_stride_n: tl.int64,
     D_stride: tl.int64, bias_stride: tl.int64,
     state_stride_s: tl.int64, state_stride_d: tl.int64, state_stride_n: tl.int64,
+    save_every: tl.int64,
     N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -85,6 +98,7 @@ def _selective_scan_kernel(
     HAS_SLOTS: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_LAST: tl.constexpr,
+    HAS_SAVED: tl.constexpr,
 ):  # fmt: skip
     i_s = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -138,6 +152,11 @@ def _selective_scan_kernel(
         if HAS_INITIAL:
             starts = keeps & (tl.load(initial_ptr + i_s) != 0)
             h = tl.load(state_ptr, mask=nd_mask & starts, other=0.0).to(tl.float32)
+    if HAS_SAVED:
+        saved_ptr += first_saved_row(i_s, first, length, save_every, VARLEN) * channels * N
+        saved_at = n * channels + d[None, :]
+        every = tl.minimum(save_every, steps).to(tl.int32)
+        left = every * 0
 
     # Whole groups of STEPS tokens, the rows of the next group loaded before this one's are used; then what is left.
     # (B and C, a few hundred bytes that all channel blocks share, come from the cache and would not fit beside.)
@@ -162,6 +181,8 @@ def _selective_scan_kernel(
             u, delta, z = rows[i]
             b = tl.load(B_ptr + (t + i) * B_stride_t, mask=bc_mask, other=0.0)
             c = tl.load(C_ptr + (t + i) * C_stride_t, mask=bc_mask, other=0.0)
+            if HAS_SAVED:
+                saved_ptr, left = _save_due(saved_ptr, left, every, h, saved_at, nd_mask, channels, N)
             h, y = ssm_token(
                 h, a, skip, bias, u, delta, z, b, c, BLOCK_N, BLOCK_D, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS
             )
@@ -173,6 +194,8 @@ def _selective_scan_kernel(
         )  # fmt: skip
         b = tl.load(B_ptr + t * B_stride_t, mask=bc_mask, other=0.0)
         c = tl.load(C_ptr + t * C_stride_t, mask=bc_mask, other=0.0)
+        if HAS_SAVED:
+            saved_ptr, left = _save_due(saved_ptr, left, every, h, saved_at, nd_mask, channels, N)
         h, y = ssm_token(
             h, a, skip, bias, u, delta, z, b, c, BLOCK_N, BLOCK_D, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS
         )
@@ -201,6 +224,8 @@ def selective_scan_triton(
     last_state: torch.Tensor | None,
     pad_slot_id: int,
     out: torch.Tensor,
+    saved_states: torch.Tensor | None = None,
+    save_states_every: int = 1,
 ) -> None:
     """Launch over (sequences, channel blocks); arguments as the op ``tp_mamba::selective_scan``."""
     varlen = query_start_loc is not None
@@ -233,10 +258,11 @@ def selective_scan_triton(
         "HAS_SLOTS": cache_indices is not None,
         "HAS_INITIAL": has_initial_state is not None,
         "HAS_LAST": last_state is not None,
+        "HAS_SAVED": saved_states is not None,
     }
     tensors = (
         u, delta, z, out, A, B, C, D, delta_bias,
-        ssm_states, last_state, query_start_loc, cache_indices, has_initial_state,
+        ssm_states, last_state, saved_states, query_start_loc, cache_indices, has_initial_state,
     )  # fmt: skip
     length = 0 if varlen else u.shape[-1]
     vector_strides = (
@@ -246,9 +272,12 @@ def selective_scan_triton(
     with torch.cuda.device_of(u):
         if token_major and groups == 1 and n in ROW_STATE_SIZES and _in_fours(B) and _in_fours(C):
             shape = rows_launch_shape(sequences, channels, n)
+            if saved_states is not None:  # the kernel looks for a state that is due once a group
+                shape["STEPS"] = math.gcd(shape["STEPS"], save_states_every)
             selective_scan_rows_kernel[sequences, triton.cdiv(channels, shape["BLOCKS"] * shape["BLOCK_D"])](
                 *tensors, length, channels, pad_slot_id,
                 *(stride[0] for stride in strides), *A.stride(), B_strides[0], C_strides[0], *vector_strides,
+                save_states_every,
                 *(stride[1] for stride in strides), B_strides[1], C_strides[1],
                 **shape, **options,
             )  # fmt: skip
@@ -256,7 +285,7 @@ def selective_scan_triton(
             _selective_scan_kernel[sequences, triton.cdiv(channels, BLOCK_D)](
                 *tensors, length, channels, channels // groups, pad_slot_id,
                 *strides[0], *strides[1], *strides[2], *strides[3],
-                *A.stride(), *B_strides, *C_strides, *vector_strides,
+                *A.stride(), *B_strides, *C_strides, *vector_strides, save_states_every,
                 STEPS=STEPS, TOKEN_MAJOR=token_major, ONE_GROUP=groups == 1, **launch_shape(n), **options,
             )  # fmt: skip
 

@@ -3,7 +3,7 @@
     y = x @ weight.T        # x [M, K], M up to 64; summed in float32, rounded once
 
 It stands beside the library's product (``torch.nn.functional.linear``), which reads a weight of few rows, such as
-x_proj's, at a small part of the memory's rate; :func:`prefers_skinny` says where.
+x_proj's, at a small part of the memory's rate, and others at three quarters; :func:`prefers_skinny` says where.
 
 Bits: K is summed in slices of a fixed width, and these in a fixed binary tree (``skinny_linear_launch.py``). A row of
 the result depends neither on the other rows nor on their number, and is the same in every run.
@@ -15,11 +15,13 @@ import torch
 
 from tp_mamba.kernels.checks import check_device, refuse_grad
 from tp_mamba.kernels.dispatch import use_triton
-from tp_mamba.kernels.skinny_linear_launch import MAX_ROWS
+from tp_mamba.kernels.skinny_linear_launch import MAX_ROWS, fills_gpu_once
 from tp_mamba.kernels.skinny_linear_reference import skinny_linear_reference
 
 _OP = "skinny_linear"
 _DTYPES = (torch.bfloat16, torch.float16)
+_MOST_ROWS = {4096: 32, 8192: 8}
+"""By K, of x with a wide weight: other K have not been measured."""
 _ELSEWHERE = "use torch.nn.functional.linear"
 
 torch.library.define("tp_mamba::skinny_linear", "(Tensor x, Tensor weight, ScalarType out_dtype) -> Tensor")
@@ -44,11 +46,19 @@ def _skinny_linear_fake(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.
 def prefers_skinny(M: int, N: int, K: int, dtype: torch.dtype) -> bool:
     """Whether :func:`skinny_linear` serves ``x [M, K]`` and ``weight [N, K]`` better than cuBLAS on a GPU.
 
-    True where cuBLAS is known to read the weight at less than a third of the memory's rate: a long K and so few
-    weight rows that their tiles leave most of the GPU idle, as in x_proj. Rows of K that are no multiple of 16 could
-    not be loaded 16 bytes at a time.
+    True where an H200 has shown it (on x_proj and out_proj of falcon-mamba-7b, on one GPU and on one of two):
+
+    - a long K and so few weight rows that cuBLAS leaves most of the GPU idle: 1.6 to 2.3 times faster, up to 64 rows;
+    - weight rows for one program a multiprocessor, each over all of K: 1.2 to 1.4 times faster, up to 32 rows with
+      K = 4096 and up to 8 with K = 8192. With more rows, and for more weight rows, cuBLAS is as fast or faster.
+
+    Rows of K that are no multiple of 16 could not be loaded 16 bytes at a time.
     """
-    return dtype in _DTYPES and 1 <= M <= MAX_ROWS and N <= 512 and K >= 2048 and K % 16 == 0
+    if dtype not in _DTYPES or not 1 <= M <= MAX_ROWS:
+        return False
+    if N <= 512:
+        return K >= 2048 and K % 16 == 0
+    return fills_gpu_once(N) and _MOST_ROWS.get(K, 0) >= M
 
 
 def skinny_linear(

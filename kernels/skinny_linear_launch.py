@@ -20,8 +20,12 @@ _MULTIPROCESSORS = 132
 _ENOUGH_PROGRAMS = 120
 """Nine tenths of an H200's multiprocessors."""
 
-_BYTES_IN_FLIGHT = 96 * 1024
-"""What a multiprocessor may have on its way: twice what hides the latency of memory, as x takes a part."""
+_BYTES_IN_FLIGHT = 160 * 1024
+"""What a multiprocessor may have on its way, of the 227 KiB that it has room for: an H200 takes a tenth longer for a
+wide weight with half of this."""
+
+_MOST_BUFFERS = 7
+"""Of a program; more have not been measured."""
 
 
 class SkinnyLaunch(NamedTuple):
@@ -49,26 +53,37 @@ def slice_count(N: int, K: int) -> int:
     return _ceil_div(K, slice_width(N, K))
 
 
+def fills_gpu_once(N: int) -> bool:
+    """Whether tiles of 32 of N weight rows, each over all of K, are one program a multiprocessor, or nearly so."""
+    return _ENOUGH_PROGRAMS <= _ceil_div(N, 32) <= _MULTIPROCESSORS
+
+
 def skinny_launch(M: int, N: int, K: int) -> SkinnyLaunch:
     """The cut for ``x [M, K]``, M from 1 to 64, and ``weight [N, K]``.
 
-    Programs take as many slices as leave enough programs: fewer partial sums are written then, and the chains of
-    one program hide each other's latency. Of M only the class decides: up to 8, 16, 32 or 64.
+    Of M only the class decides: up to 8, 16, 32 or 64. Programs take as many slices as leave enough programs: fewer
+    partial sums are written then, and the chains of one program hide each other's latency. One a multiprocessor is
+    enough; two for narrow weights, whose reading takes no longer than a few loads, so that all of them start at once.
     """
     block_m = max(8, _power_of_2_from(M))
+    narrow = N <= _NARROW
     # Every row tile reads all of x: with more rows of x, taller tiles.
-    block_n = 32 if N <= _NARROW or block_m <= 16 else 64
+    block_n = 32 if narrow or block_m <= 32 else 64
     tiles, slices = _ceil_div(N, block_n), slice_count(N, K)
-    most = min(8, _power_of_2_from(slices), 4096 // (block_m * block_n))  # 64 registers of sums a thread
-    group = most
-    while group > 1 and tiles * _ceil_div(slices, group) < _ENOUGH_PROGRAMS:
+    group = min(8, _power_of_2_from(slices), 4096 // (block_m * block_n))  # 64 registers of sums a thread
+    while group > 1 and tiles * _ceil_div(slices, group) < _ENOUGH_PROGRAMS * (2 if narrow else 1):
         group //= 2
-    block_k = 128 if group == 1 and block_m < 64 else 64
     programs = tiles * _ceil_div(slices, group)
     share = _BYTES_IN_FLIGHT * _MULTIPROCESSORS // max(_MULTIPROCESSORS, programs)
-    stage_bytes = 2 * group * (block_m + block_n) * block_k
-    buffers = max(2, min(share // stage_bytes, slice_width(N, K) // block_k, 5))
-    return SkinnyLaunch(block_m, block_n, block_k, group, num_warps=2, num_stages=buffers + 1)
+
+    def stage_bytes(block_k: int) -> int:
+        return 2 * group * (block_m + block_n) * block_k
+
+    buffers = min(share // stage_bytes(64), slice_width(N, K) // 64, _MOST_BUFFERS)
+    # Where two long steps put as much on its way as short ones do, they need fewer instructions.
+    if not narrow and buffers * stage_bytes(64) <= 2 * stage_bytes(128) <= share:
+        return SkinnyLaunch(block_m, block_n, 128, group, num_warps=2, num_stages=3)
+    return SkinnyLaunch(block_m, block_n, 64, group, num_warps=2, num_stages=max(2, buffers) + 1)
 
 
 def _ceil_div(a: int, b: int) -> int:

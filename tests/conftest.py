@@ -7,6 +7,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # `python -m pytest` puts the checkout on sys.path, where the folder kernels/ would stand in for a published
 # package of that name. The installed tp_mamba must be found instead.
 sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT]
+# What the kernels' tests share serves those of the mixer too.
+sys.path.append(str(ROOT / "tests" / "kernels"))
 
 from collections.abc import Callable, Iterator  # noqa: E402
 

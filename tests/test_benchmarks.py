@@ -60,10 +60,12 @@ from benchmarks import (
     norm,
     peers,
     plot,
+    recorded,
     report,
     runner,
     scan,
     state_update,
+    table,
     timing,
 )
 from benchmarks.case import Case, Workload
@@ -121,6 +123,16 @@ WORKLOADS: dict[str, tuple[Callable[..., Workload], Any, str]] = {
         partial(gemm.build_product, batch=3, rows=20, columns=32, wide=True, copies=2),
         gemm,
         "_wide_product",
+    ),
+    "our wide product": (
+        partial(gemm.build_product, batch=3, rows=20, columns=32, wide=True, ours=True, copies=2),
+        gemm,
+        "skinny_linear",
+    ),
+    "our product": (
+        partial(gemm.build_product, batch=3, rows=20, columns=32, wide=False, ours=True, copies=2),
+        gemm,
+        "skinny_linear",
     ),
     "product": (
         partial(gemm.build_product, batch=3, rows=20, columns=32, wide=False, copies=2),
@@ -271,6 +283,16 @@ def test_share_of_bandwidth_is_that_of_the_table() -> None:
     (case,) = (case for case in gemm.CASES if case.name == "in_proj 16384 x 4096, batch 1, cuBLAS")
     assert case.limit is not None
     assert case.limit / 35.4e-6 == pytest.approx(0.88, abs=0.005)
+
+
+def test_our_products_stand_beside_those_of_cublas() -> None:
+    cases = {case.name: case for case in gemm.CASES}
+    ours = [name for name in cases if name.endswith(", ours")]
+    assert len(ours) == len(gemm.BATCHES) * 6  # three weights, whole and halved
+    for name in ours:
+        beside = cases[name.removesuffix("ours") + "cuBLAS"]
+        assert (cases[name].limit, cases[name].target) == (beside.limit, beside.target)
+        assert cases[name].sizes != beside.sizes
 
 
 def test_bytes_moved_are_those_of_the_tensors() -> None:
@@ -492,7 +514,10 @@ def test_a_case_has_the_same_inputs_whichever_others_run(capsys: pytest.CaptureF
 
 def test_cases_that_fit_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_toys([toy("first")], "--cases", "last") == 2
-    assert "--cases 'last' is in no name of a case: give a part of one of first" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--cases 'last' is in no name of a case, such as 'first'" in err
+    assert "python -m benchmarks.toy --help" in err
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -508,7 +533,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
 def test_samples_are_positive(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         options("--samples", number, cases=[toy("first")])
-    assert f"invalid positive number value: '{number}'" in capsys.readouterr().err
+    assert f"--samples: '{number}' is no positive number: give 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -559,46 +584,138 @@ def test_kernels_and_bytes_join_by_name_and_order() -> None:
     assert list(columns[2].cells)[-1] == "16.0"
 
 
-def recorded(tmp_path: Path, *rows: tuple[str, dict[str, int | str]]) -> Path:
-    path = tmp_path / "toy.json"
+def record(path: Path, *rows: tuple[str, dict[str, int | str], float], date: str = "2020-01-02") -> Path:
+    """A file of results, of cases with these sizes and milliseconds, and of one that failed."""
     measured = [
-        Row.of(toy(name, sizes=sizes), samples=Samples((2e-3 * (i + 1),)))
-        for i, (name, sizes) in enumerate(rows)
+        Row.of(
+            toy(name, sizes=sizes),
+            samples=Samples((time * 1e-3,)),
+            errors=[Error("state", 2e-7, 1.0, 0.0, 1.0), Error("out", 3e-3, 1.0, 0.0, 1.0)],
+        )
+        for name, sizes, time in rows
     ]
     measured.append(Row.of(toy("wrong"), failure="wrong"))
-    report.write_json(path, "toy", environment.describe(torch.device("cpu")), 3, measured)
+    described = environment.describe(torch.device("cpu"), "0123456789abcdef") | {
+        "date": f"{date}T00:00:00+00:00"
+    }
+    report.write_json(path, "toy", described, 3, measured)
     return path
+
+
+def test_of_a_case_the_newest_result_counts(tmp_path: Path) -> None:
+    sizes: dict[str, int | str] = {"batch": 1, "D": 8}
+    new = record(tmp_path / "a.json", ("twice", sizes, 1.0), date="2020-03-01")
+    old = record(tmp_path / "b.json", ("twice", sizes, 9.0), ("once", sizes, 5.0), date="2020-02-01")
+    for files in ([new, old], [old, new]):
+        found = recorded.read(files)
+        assert {result.row.case: result.row.median for result in found} == {"twice": 1.0, "once": 5.0}
+    where = recorded.source(found)
+    assert where.count(environment.processor()) == 1
+    assert "2020-02-01 (commit 0123456789ab), 2020-03-01 (commit 0123456789ab)" in where
+
+
+def test_benchmarks_are_shown_in_one_order(tmp_path: Path) -> None:
+    described = environment.describe(torch.device("cpu"))
+    rows = [Row.of(toy("case"), samples=Samples((1e-3,)))]
+    for name in ("other", "decode", "scan"):
+        report.write_json(tmp_path / f"{name}.json", name, described, 3, rows)
+    found = recorded.read(sorted(tmp_path.glob("*.json")))
+    assert [result.title for result in found] == ["selective scan", "mixer layer, decode", "other"]
 
 
 def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    path = recorded(
-        tmp_path,
-        ("short", {"sequences": 1, "length": 512, "D": 8}),
-        ("long", {"sequences": 1, "length": 2048, "D": 8}),
-        ("one", {"batch": 1, "D": 8}),
-        ("many", {"batch": 64, "D": 8}),
+    path = record(
+        tmp_path / "toy.json",
+        ("short", {"sequences": 1, "length": 512, "D": 8}, 2.0),
+        ("long", {"sequences": 1, "length": 2048, "D": 8}, 4.0),
+        ("one", {"batch": 1, "D": 8}, 2.0),
+        ("many", {"batch": 64, "D": 8}, 4.0),
     )
     assert plot.main([str(path), "--out", str(tmp_path / "plots")]) == 0
-    written = capsys.readouterr().out.split()
-    assert [Path(name).name for name in written] == ["share.png", "length.png", "batch.png"]
-    assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in written)
+    written = [Path(name) for name in capsys.readouterr().out.split()]
+    assert [name.name for name in written] == ["share.png", "length.png", "batch.png"]
+    for name in written:
+        assert name.read_bytes().startswith(b"\x89PNG")
+        assert name.stat().st_size < 100_000
 
 
 def test_what_plots_show(tmp_path: Path) -> None:
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    path = record(
+        tmp_path / "toy.json",
+        ("many, plain", {"batch": 64, "D": 8, "form": "plain"}, 4.0),
+        ("one, plain", {"batch": 1, "D": 8, "form": "plain"}, 2.0),
+        ("one, fast", {"batch": 1, "D": 8, "form": "fast"}, 1.0),
+        ("elsewhere", {"batch": 1, "D": 16, "form": "plain"}, 1.0),
+    )
+    results = recorded.read([path])
+
+    bars = Figure()
+    assert plot.draw_share(bars, results) == results
+    (axes,) = bars.axes
+    assert [patch.get_width() for patch in axes.patches] == [25.0, 50.0, 100.0, 100.0]
+    shown = [line.get_xdata()[0] for line in axes.lines]
+    assert shown.count(pytest.approx(100 / 3.5)) == 4  # the goal, beside each bar
+    assert shown.count(pytest.approx(100 / 7)) == 4  # vLLM
+    assert {"4.00 ms", "toy"} <= {text.get_text() for text in axes.texts}
+
+    lines = Figure()
+    assert {result.row.case for result in plot.draw_batch(lines, results)} == {
+        "many, plain",
+        "one, plain",
+        "one, fast",
+    }
+    (axes,) = lines.axes  # no panel for the lone D 16
+    assert axes.get_ylabel() == "ms"
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn == {
+        "ours, plain": [[1, 2], [64, 4]],
+        "ours, fast": [[1, 1]],
+        "goal": [[1, 3.5], [64, 3.5]],
+        "limit": [[1, 1], [64, 1]],
+        "vLLM": [[1, 7], [64, 7]],
+    }
+    assert plot.draw_length(Figure(), results) == []
+
+
+def test_a_place_without_a_panel_stays_empty(tmp_path: Path) -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    path = recorded(tmp_path, ("one", {"batch": 1, "D": 8}), ("many", {"batch": 64, "D": 8}))
-    results, source = plot.read([path])
-    assert environment.processor() in source
-    bars, lines, none = (figure.add_subplot(3, 1, i + 1) for i in range(3))
-    assert plot.draw_share(bars, results)
-    assert [patch.get_width() for patch in bars.patches] == [50.0, 25.0]
-    assert plot.draw_batch(lines, results)
-    times, limit, peer = (line.get_xydata().tolist() for line in lines.lines)
-    assert times == [[1, 2e-3], [64, 4e-3]]
-    assert limit == [[1, 1e-3], [64, 1e-3]]
-    assert peer == [[1, 7e-3], [64, 7e-3]]
-    assert not plot.draw_length(none, results)
+    rows: list[tuple[str, dict[str, int | str], float]] = [
+        (f"{batch} of {channels}", {"batch": batch, "D": channels}, 1.0)
+        for batch in (1, 2)
+        for channels in (8, 16, 32)
+    ]
+    assert plot.draw_batch(figure, recorded.read([record(tmp_path / "toy.json", *rows)]))
+    assert [axes.axison for axes in figure.axes] == [True, True, True, False]
+
+
+def test_table_of_recorded_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes: dict[str, int | str] = {"batch": 1, "D": 8}
+    path = record(tmp_path / "toy.json", ("fast", sizes, 3.5), ("slow", sizes, 14.0))
+    assert table.main([str(path)]) == 0
+    head, rule, fast, slow, blank, where = capsys.readouterr().out.splitlines()
+    assert fast == "| toy: fast | 3.50 ms | 1.00 | 29% | 3.50 met | vLLM 2.00 | out 3.0e-03 |"
+    assert slow == "| toy: slow | 14.0 ms | 1.00 | 7% | 3.50 **missed** | vLLM 0.500 | out 3.0e-03 |"
+    assert head.count("|") == rule.count("|") == fast.count("|")
+    assert not blank
+    assert environment.processor() in where
+    assert table.main([str(path), "--cases", "slow"]) == 0
+    assert fast not in capsys.readouterr().out
+    assert table.main([str(path), "--cases", "none"]) == 2
+    assert "no case with a time has 'none'" in capsys.readouterr().err
+    assert table.main([str(tmp_path / "none.json")]) == 2
+    assert "none.json is no result" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/kernels.md"])
+def test_documents_quote_what_was_recorded(name: str) -> None:
+    files = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+    known = set(table.lines(recorded.read(files)))
+    prefixes = tuple(f"| {benchmark}: " for benchmark in recorded.TITLES)
+    quoted = [line for line in (ROOT / name).read_text().splitlines() if line.startswith(prefixes)]
+    assert quoted
+    assert [line for line in quoted if line not in known] == []
 
 
 def test_plot_says_what_it_lacks(
@@ -606,15 +723,24 @@ def test_plot_says_what_it_lacks(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
-    path = recorded(tmp_path, ("one", {"batch": 1}))
+    path = record(tmp_path / "toy.json", ("one", {"batch": 1}, 1.0))
     assert plot.main([str(path), "--out", str(tmp_path)]) == 2
     assert 'pip install -e ".[bench]"' in capsys.readouterr().err
     assert plot.main([str(tmp_path / "none.json")]) == 2
     assert "none.json is no result" in capsys.readouterr().err
 
 
+def test_plots_need_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = record(tmp_path / "toy.json", ("one", {"batch": 1}, 1.0))
+    assert plot.main([str(path), "--out", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"--out {path} cannot be written" in err
+
+
 def test_every_benchmark_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert listing.main() == 0
+    assert listing.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     for name in listing.NAMES:
         module = importlib.import_module(f"benchmarks.{name}")
@@ -622,6 +748,14 @@ def test_every_benchmark_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
         assert line.split(maxsplit=1)[1] == (module.__doc__ or "").splitlines()[0]
     runnable = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
     assert runnable - {"__main__", "__init__"} == set(listing.NAMES)
+
+
+def test_a_name_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert listing.main(["scna"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "'scna' is no benchmark" in err
+    assert "scan" in err
 
 
 def from_root(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -639,9 +773,11 @@ def from_root(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.parametrize("name", ["scan", "layer"])
-def test_without_a_gpu(name: str) -> None:
-    done = from_root("-m", f"benchmarks.{name}", CUDA_VISIBLE_DEVICES="")
+@pytest.mark.parametrize(
+    ("name", "command"), [("scan", ["benchmarks.scan"]), ("layer", ["benchmarks", "layer"])]
+)
+def test_without_a_gpu(name: str, command: list[str]) -> None:
+    done = from_root("-m", *command, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1

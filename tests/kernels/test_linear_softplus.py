@@ -13,8 +13,8 @@ from kernel_testing import (
     DEVICES,
     TIME_STEPS,
     Launches,
-    _bind,
     assert_within_twice,
+    compile_as_launched,
     double,
     poisoned_like,
     specialization,
@@ -217,22 +217,6 @@ def test_programs_fill_the_gpu_once(T: int, D: int) -> None:
     programs = runs * -(-D // shape.BLOCK_D)
     assert programs <= 264
     assert programs >= 0.9 * 264 or shape.tiles == 1
-
-
-def compile_as_launched(kernel: Any, launch: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-    """The kernel compiled for sm_90 as the JIT does it: knowing which addresses are multiples of 16."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-
-    target = GPUTarget("cuda", 90, 32)
-    bound, keys, options = _bind(kernel, *launch)
-    signature = {name: key[0] for name, key in zip(bound, keys, strict=True)}
-    constants = {name: bound[name] for name, kind in signature.items() if kind == "constexpr"}
-    aligned = [i for i, (kind, key) in enumerate(keys) if kind != "constexpr" and key]
-    attributes = {(i,): make_backend(target).parse_attr(keys[i][1]) for i in aligned}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tp_mamba.launch.failures import first_failure
 from tp_mamba.launch.prompts import share_prompts
 from tp_mamba.tensor_parallel import TensorParallel
 
@@ -55,11 +56,12 @@ def share_from(folders: list[str], file: str) -> list[list[str]]:
     return tp.all_gather_object(share_prompts(["of the command"], [file], tp))
 
 
-def all_raise(slow: int) -> None:
-    """Every rank raises an error of its own, rank ``slow`` last."""
+def all_raise(last: int) -> None:
+    """Every rank raises an error of its own, rank ``last`` at once after the first that another has recorded."""
     rank = int(os.environ["RANK"])
-    if rank == slow:
-        time.sleep(0.5)
+    records = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]  # the launcher's folder, with one a rank
+    while rank == last and first_failure(records) is None:
+        time.sleep(0.001)
     raise ValueError(f"error of rank {rank}")
 
 

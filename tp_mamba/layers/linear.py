@@ -284,14 +284,16 @@ class RowParallelLinear(ParallelLinear):
         return y if self.bias is None else y + self.bias
 
     def _partial(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.reduce_in_float32 or x.dtype in (torch.float32, torch.float64):
-            return linear(x, self.weight)
-        if x.is_cuda and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)):
-            # The GEMM accumulates in float32 anyway; this keeps its result from being rounded on the way out.
-            rows = x.flatten(0, -2)
-            if prefers_skinny(len(rows), self.weight.shape[0], self.weight.shape[1], x.dtype):
-                y = skinny_linear(rows, self.weight, out_dtype=torch.float32)
-            else:
-                y = torch.mm(rows, self.weight.t(), out_dtype=torch.float32)
-            return y.unflatten(0, x.shape[:-1])
-        return linear(x.float(), self.weight.float())  # mm's out_dtype serves GPUs alone, and no gradient
+        """This rank's term of the sum, in the dtype of ``x`` or as ``reduce_in_float32`` says."""
+        out_dtype = torch.float32 if self.reduce_in_float32 and x.dtype.itemsize < 4 else x.dtype
+        tracked = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if x.is_cuda and x.dtype == self.weight.dtype and not tracked:
+            rows, (N, K) = x.reshape(-1, x.shape[-1]), self.weight.shape
+            if prefers_skinny(len(rows), N, K, x.dtype):
+                return skinny_linear(rows, self.weight, out_dtype=out_dtype).view(*x.shape[:-1], N)
+            if out_dtype != x.dtype:
+                # The GEMM accumulates in float32 anyway; this keeps its result from being rounded on the way out.
+                return torch.mm(rows, self.weight.t(), out_dtype=out_dtype).view(*x.shape[:-1], N)
+        if out_dtype != x.dtype:
+            return linear(x.float(), self.weight.float())  # mm's out_dtype serves GPUs alone, and no gradient
+        return linear(x, self.weight)
