@@ -1,10 +1,10 @@
 """The selective scan for the layout that a mixer has: channels contiguous, B and C one group, N a power of two.
 
-One warp runs one (sequence, block of channels). ``LANES`` threads share a channel, each with ``N / LANES`` of its
-states as scalars in registers: no state is ever exchanged, B and C arrive four states a load, addresses are
-constants, and per token a thread issues five instructions a state (a decay's exponent and exponential, the input's
-product, the state, the output's sum) and about forty others. One lane a channel issues fewest; where that makes
-too few warps to hide anything (one long sequence), 2 or 4 lanes make more, at the price of repeating the forty.
+One warp runs one (sequence, block of channels), a thread ``BLOCKS`` channels with all their states as scalars in
+registers: no state is ever exchanged, B and C arrive four states a load, addresses are constants, and per token and
+channel a thread issues five instructions a state (a decay's exponent and exponential, the input's product, the state,
+the output's sum) and about thirty others. Where that makes too few warps to hide anything (few sequences),
+``selective_scan_tiles_triton`` takes over.
 
 Bits are those of ``selective_scan_triton``: the sum over states is cut and added in one order everywhere.
 """
@@ -18,8 +18,8 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from tp_mamba.kernels.approx_triton import LOG2_E, ex2, silu, softplus
-from tp_mamba.kernels.ssm_token_triton import jit_by_type
+from tp_mamba.kernels.approx_triton import LOG2_E, silu, softplus
+from tp_mamba.kernels.ssm_token_triton import first_saved_row, jit_by_type, recur
 
 
 @triton.jit
@@ -41,14 +41,14 @@ def _load_rows(
 
 
 @triton.jit
-def _load_states(ptr, four, offset: tl.constexpr, mask, LANES: tl.constexpr, PER_LANE: tl.constexpr):
-    """A token's B or C, a tuple of ``PER_LANE`` tensors ``[LANES, BLOCK_D]`` float32; four states in each load."""
+def _load_states(ptr, four, offset: tl.constexpr, N: tl.constexpr):
+    """A token's B or C, a tuple of N tensors ``[1, BLOCK_D]`` float32; four states in each load."""
     FOUR: tl.constexpr = (
         ptr.dtype.element_ty.primitive_bitwidth // 2
     )  # bytes; the launcher has seen to alignment
     states = ()
-    for m in tl.static_range(PER_LANE // 4):
-        x = tl.load(tl.multiple_of(ptr + offset + m * 4 * LANES, FOUR) + four, mask=mask).to(tl.float32)
+    for m in tl.static_range(N // 4):
+        x = tl.load(tl.multiple_of(ptr + offset + m * 4, FOUR) + four).to(tl.float32)
         even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 2, 2]))
         s0, s2 = tl.split(even)
         s1, s3 = tl.split(odd)
@@ -57,15 +57,9 @@ def _load_states(ptr, four, offset: tl.constexpr, mask, LANES: tl.constexpr, PER
 
 
 @triton.jit
-def _add(x, y):
-    return x + y
-
-
-@triton.jit
 def _token(
     h, a, skip, bias, u, delta, z, b, c,
-    LANES: tl.constexpr, PER_LANE: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """One step of the recurrence: ``(states after it, gated output [1, BLOCK_D] float32)``."""
     u = u.to(tl.float32)
@@ -74,69 +68,40 @@ def _token(
         delta = delta + bias
     if SOFTPLUS:
         delta = softplus(delta)
-    du = delta * u
-    after = ()
-    chains = ()
-    y = du
-    for i in tl.static_range(PER_LANE):
-        s = tl.fma(ex2(a[i] * delta), h[i], b[i] * du)
-        after = after + (s,)  # noqa: RUF005
-        y = s * c[i] if i % 4 == 0 else tl.fma(s, c[i], y)
-        if i % 4 == 3:
-            chains = chains + (y,)  # noqa: RUF005
-    # The upper half of the chains is added to the lower until one is left, first here, then across lanes.
-    for _k in tl.static_range(3):
-        if len(chains) > 1:
-            halved = ()
-            for m in tl.static_range(len(chains) // 2):
-                halved = halved + (chains[m] + chains[m + len(chains) // 2],)  # noqa: RUF005
-            chains = halved
-    y = chains[0]
-    if LANES > 1:
-        # A reduction over lanes exchanges the halves first: the same order once more.
-        y = tl.reduce(y, 0, _add, keep_dims=True)
+    h, y = recur(h, a, delta, delta * u, b, c, N)
     if HAS_D:
         y = tl.fma(u, skip, y)
     if HAS_Z:
         y = y * silu(z.to(tl.float32))
-    return after, y
+    return h, y
 
 
 @triton.jit
 def _tokens(
     h, a, skip, bias, rows, b, c, out_ptr, inside,
-    LANES: tl.constexpr, PER_LANE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
+    N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
 ):  # fmt: skip
     """One token of every block of channels: its output is stored, the states after it are returned."""
     after = ()
     for k in tl.static_range(BLOCKS):
         u, delta, z = rows[k]
-        h_k, y = _token(
-            h[k], a[k], skip[k], bias[k], u, delta, z, b, c, LANES, PER_LANE, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS
-        )
+        h_k, y = _token(h[k], a[k], skip[k], bias[k], u, delta, z, b, c, N, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS)
         tl.store(out_ptr + k * BLOCK_D, y.to(out_ptr.dtype.element_ty), mask=inside[k])
         after = after + (h_k,)  # noqa: RUF005
     return after
 
 
 @triton.jit
-def first_saved_row(i_s, first, length, every, VARLEN: tl.constexpr):
-    """The row of ``saved_states`` with the initial state of sequence ``i_s``, which begins at token ``first``."""
-    return first // every + i_s if VARLEN else i_s * ((length - 1) // every + 1)
-
-
-@triton.jit
 def _save_due(
-    saved_ptr, left, every, h, d, lane, inside, channels, TOKENS: tl.constexpr,
-    N: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
+    saved_ptr, left, every, h, d, inside, channels,
+    TOKENS: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Before ``TOKENS`` tokens: if none is left until states are due, store them; ``(their next row, tokens left)``."""
     if left == 0:
         for k in tl.static_range(BLOCKS):
-            for i in tl.static_range(PER_LANE):
-                n = 4 * LANES * (i // 4) + 4 * lane + i % 4
-                tl.store(saved_ptr + (n * channels + d + k * BLOCK_D), h[k][i], mask=inside[k])
+            for n in tl.static_range(N):
+                tl.store(saved_ptr + (n * channels + d + k * BLOCK_D), h[k][n], mask=inside[k])
         saved_ptr += channels.to(tl.int64) * N
         left = every
     return saved_ptr, left - TOKENS
@@ -172,12 +137,10 @@ def selective_scan_rows_kernel(
     u_stride_t: tl.constexpr, delta_stride_t: tl.constexpr, z_stride_t: tl.constexpr,
     out_stride_t: tl.constexpr, B_stride_t: tl.constexpr, C_stride_t: tl.constexpr,
     N: tl.constexpr,
-    LANES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCKS: tl.constexpr,  # of channels, which share one load of B and C
     EVEN_D: tl.constexpr,  # BLOCKS * BLOCK_D divides channels
     STEPS: tl.constexpr,
-    BC_AHEAD: tl.constexpr,  # B and C, too, are loaded a group ahead
     VARLEN: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -189,12 +152,10 @@ def selective_scan_rows_kernel(
     HAS_LAST: tl.constexpr,
     HAS_SAVED: tl.constexpr,
 ):  # fmt: skip
-    PER_LANE: tl.constexpr = N // LANES
     FOUR_B: tl.constexpr = B_ptr.dtype.element_ty.primitive_bitwidth // 2  # bytes of four states
     FOUR_C: tl.constexpr = C_ptr.dtype.element_ty.primitive_bitwidth // 2
     i_s = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * (BLOCKS * BLOCK_D) + tl.arange(0, BLOCK_D)[None, :]
-    lane = tl.arange(0, LANES)[:, None]
     inside = ()
     for k in tl.static_range(BLOCKS):
         inside = inside + ((d >= 0) if EVEN_D else (d + k * BLOCK_D < channels),)  # noqa: RUF005
@@ -212,14 +173,13 @@ def selective_scan_rows_kernel(
     out_ptr += row * out_stride_s + first * out_stride_t + d
     if HAS_Z:
         z_ptr += row * z_stride_s + first * z_stride_t + d
-    # A lane holds states 4 * (LANES * m + lane) + j, j < 4.
-    four = (lane * 4 + tl.full([1, BLOCK_D], 0, tl.int32))[:, :, None] + tl.arange(0, 4)[None, None, :]
+    four = tl.full([1, BLOCK_D, 1], 0, tl.int32) + tl.arange(0, 4)[None, None, :]
     B_ptr = tl.multiple_of(B_ptr + row * B_stride_s + first * B_stride_t, FOUR_B)
     C_ptr = tl.multiple_of(C_ptr + row * C_stride_s + first * C_stride_t, FOUR_C)
 
     a = ()
     h = ()
-    zero = tl.full([LANES, BLOCK_D], 0.0, tl.float32)
+    zero = tl.full([1, BLOCK_D], 0.0, tl.float32)
     keeps = HAS_STATE
     starts = False
     if HAS_STATE:
@@ -235,8 +195,7 @@ def selective_scan_rows_kernel(
     for k in tl.static_range(BLOCKS):
         a_k = ()
         h_k = ()
-        for i in tl.static_range(PER_LANE):
-            n = 4 * LANES * (i // 4) + 4 * lane + i % 4
+        for n in tl.static_range(N):
             p_a = A_ptr + (d + k * BLOCK_D) * A_stride_d + n * A_stride_n
             a_k = a_k + (tl.load(p_a, mask=inside[k], other=0.0).to(tl.float32) * LOG2_E,)  # noqa: RUF005
             s = zero
@@ -265,7 +224,6 @@ def selective_scan_rows_kernel(
     # Whole groups of STEPS tokens, the next group's rows loaded before this one's are used; then what is left.
     groups = steps // STEPS
     rows = ()
-    bcs = ()
     any_group = ()
     for k in tl.static_range(BLOCKS):
         any_group = any_group + (inside[k] & (groups > 0),)  # noqa: RUF005
@@ -275,17 +233,10 @@ def selective_scan_rows_kernel(
                 u_ptr, delta_ptr, z_ptr, i, any_group, u_stride_t, delta_stride_t, z_stride_t, BLOCK_D, BLOCKS, HAS_Z
             ),
         )  # fmt: skip
-        if BC_AHEAD:
-            bcs = bcs + (  # noqa: RUF005
-                (
-                    _load_states(B_ptr, four, i * B_stride_t, groups > 0, LANES, PER_LANE),
-                    _load_states(C_ptr, four, i * C_stride_t, groups > 0, LANES, PER_LANE),
-                ),
-            )
     for g in range(groups):
         if HAS_SAVED:  # before the next group's loads, whose registers are still free
             saved_ptr, left = _save_due(
-                saved_ptr, left, every, h, d, lane, inside, channels, STEPS, N, LANES, PER_LANE, BLOCK_D, BLOCKS
+                saved_ptr, left, every, h, d, inside, channels, STEPS, N, BLOCK_D, BLOCKS
             )  # fmt: skip
         # The last group loads itself once more: cheaper than masks, whose loads have to be zeroed first.
         step = (g + 1 < groups).to(tl.int64) * STEPS
@@ -293,11 +244,7 @@ def selective_scan_rows_kernel(
         delta_ptr += step * delta_stride_t
         if HAS_Z:
             z_ptr += step * z_stride_t
-        if BC_AHEAD:
-            B_ptr = tl.multiple_of(B_ptr + step * B_stride_t, FOUR_B)
-            C_ptr = tl.multiple_of(C_ptr + step * C_stride_t, FOUR_C)
         rows_ahead = ()
-        bcs_ahead = ()
         for i in tl.static_range(STEPS):
             rows_ahead = rows_ahead + (  # noqa: RUF005
                 _load_rows(
@@ -314,50 +261,33 @@ def selective_scan_rows_kernel(
                     HAS_Z,
                 ),
             )
-            if BC_AHEAD:
-                bcs_ahead = bcs_ahead + (  # noqa: RUF005
-                    (
-                        _load_states(B_ptr, four, i * B_stride_t, True, LANES, PER_LANE),
-                        _load_states(C_ptr, four, i * C_stride_t, True, LANES, PER_LANE),
-                    ),
-                )
         for i in tl.static_range(STEPS):
-            if BC_AHEAD:
-                b, c = bcs[i]
-            else:
-                b = _load_states(B_ptr, four, i * B_stride_t, True, LANES, PER_LANE)
-                c = _load_states(C_ptr, four, i * C_stride_t, True, LANES, PER_LANE)
+            b = _load_states(B_ptr, four, i * B_stride_t, N)
+            c = _load_states(C_ptr, four, i * C_stride_t, N)
             h = _tokens(
                 h, a, skip, bias, rows[i], b, c, out_ptr + i * out_stride_t, inside,
-                LANES, PER_LANE, BLOCK_D, BLOCKS, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
+                N, BLOCK_D, BLOCKS, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
             )  # fmt: skip
         rows = rows_ahead
-        bcs = bcs_ahead
         out_ptr += STEPS * out_stride_t
-        if not BC_AHEAD:
-            B_ptr += STEPS * B_stride_t
-            C_ptr += STEPS * C_stride_t
+        B_ptr += STEPS * B_stride_t
+        C_ptr += STEPS * C_stride_t
     done = (groups > 0).to(tl.int64) * STEPS
     u_ptr += done * u_stride_t
     delta_ptr += done * delta_stride_t
     if HAS_Z:
         z_ptr += done * z_stride_t
-    if BC_AHEAD:
-        B_ptr = tl.multiple_of(B_ptr + done * B_stride_t, FOUR_B)
-        C_ptr = tl.multiple_of(C_ptr + done * C_stride_t, FOUR_C)
     for _ in range(steps - groups * STEPS):
         if HAS_SAVED:
-            saved_ptr, left = _save_due(
-                saved_ptr, left, every, h, d, lane, inside, channels, 1, N, LANES, PER_LANE, BLOCK_D, BLOCKS
-            )
+            saved_ptr, left = _save_due(saved_ptr, left, every, h, d, inside, channels, 1, N, BLOCK_D, BLOCKS)
         last_rows = _load_rows(
             u_ptr, delta_ptr, z_ptr, 0, inside, u_stride_t, delta_stride_t, z_stride_t, BLOCK_D, BLOCKS, HAS_Z
         )
-        b = _load_states(B_ptr, four, 0, True, LANES, PER_LANE)
-        c = _load_states(C_ptr, four, 0, True, LANES, PER_LANE)
+        b = _load_states(B_ptr, four, 0, N)
+        c = _load_states(C_ptr, four, 0, N)
         h = _tokens(
             h, a, skip, bias, last_rows, b, c, out_ptr, inside,
-            LANES, PER_LANE, BLOCK_D, BLOCKS, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
+            N, BLOCK_D, BLOCKS, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
         )  # fmt: skip
         u_ptr += u_stride_t
         delta_ptr += delta_stride_t
@@ -368,9 +298,8 @@ def selective_scan_rows_kernel(
         C_ptr += C_stride_t
 
     for k in tl.static_range(BLOCKS):
-        for i in tl.static_range(PER_LANE):
-            n = 4 * LANES * (i // 4) + 4 * lane + i % 4
-            s = h[k][i]
+        for n in tl.static_range(N):
+            s = h[k][n]
             if HAS_STATE:
                 p_h = state_ptr + k * BLOCK_D * state_stride_d + n * state_stride_n
                 tl.store(p_h, s.to(state_ptr.dtype.element_ty), mask=inside[k] & keeps)

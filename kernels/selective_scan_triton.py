@@ -1,9 +1,9 @@
-"""The selective scan in Triton: the choice between two kernels, and the general one.
+"""The selective scan in Triton: the choice between three kernels, and the general one.
 
-``selective_scan_rows_triton`` serves what a mixer passes, near the limit of the hardware. The kernel here takes all
-else: any strides, groups, state sizes that are no power of two or above 32. Their arithmetic and its order are the
-same (``ssm_token_triton``), so a token's bits depend on its inputs and the state before it, not on the kernel, the
-launch, the batch or the cut that led to it.
+``selective_scan_rows_triton`` and, for few sequences, ``selective_scan_tiles_triton`` serve what a mixer passes. The
+kernel here takes all else: any strides, groups, state sizes that are no power of two or above 32. Their arithmetic
+and its order are the same (``ssm_token_triton``), so a token's bits depend on its inputs and the state before it, not
+on the kernel, the launch, the batch or the cut that led to it.
 
 One program runs one (sequence, block of channels) from its first token to its last with the state in registers.
 Sequence lengths are read on the device, so one launch serves any mix of lengths and the host never waits.
@@ -12,20 +12,25 @@ Sequence lengths are read on the device, so one launch serves any mix of lengths
 from __future__ import annotations
 
 import math
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
 import triton.language as tl
 
 from tp_mamba.kernels.approx_triton import LOG2_E
-from tp_mamba.kernels.selective_scan_rows_triton import first_saved_row, selective_scan_rows_kernel
-from tp_mamba.kernels.ssm_token_triton import BLOCK_D, jit_by_type, launch_shape, ssm_token
+from tp_mamba.kernels.selective_scan_rows_triton import selective_scan_rows_kernel
+from tp_mamba.kernels.selective_scan_tiles_triton import selective_scan_tiles_kernel
+from tp_mamba.kernels.ssm_token_triton import BLOCK_D, first_saved_row, jit_by_type, launch_shape, ssm_token
 
 STEPS = 4
 """Tokens whose loads are in flight while the four before them are computed."""
+_MULTIPROCESSORS = 132
+"""Of an H100 or H200."""
+_TILES = ((4, 16, 10), (4, 8, 16), (8, 8, 10), (8, 4, 16))
+"""Launches of the kernel for tiles: states a lane, tokens a group, warps that a multiprocessor's registers hold."""
 ROW_STATE_SIZES = (4, 8, 16, 32)
-"""State sizes of the kernel for rows: whole loads of four states, and at most 16 states a thread."""
+"""State sizes of the kernels for a mixer's layout: whole loads of four states, and at most 16 states a thread."""
 
 
 @triton.jit
@@ -270,11 +275,13 @@ def selective_scan_triton(
         *((0, 0, 0) if ssm_states is None else ssm_states.stride()),
     )  # fmt: skip
     with torch.cuda.device_of(u):
-        if token_major and groups == 1 and n in ROW_STATE_SIZES and _in_fours(B) and _in_fours(C):
-            shape = rows_launch_shape(sequences, channels, n)
-            if saved_states is not None:  # the kernel looks for a state that is due once a group
+        if token_major and groups == 1 and n in ROW_STATE_SIZES and _in_fours(B, C):
+            kernel, shape = mixer_launch(sequences, channels, n)
+            if kernel is selective_scan_tiles_kernel:
+                shape["ALIGNED"] = _aligned(16, *(x for x in (u, delta, z, out, B, C) if x is not None))
+            if saved_states is not None:  # the kernels look for a state that is due once a group
                 shape["STEPS"] = math.gcd(shape["STEPS"], save_states_every)
-            selective_scan_rows_kernel[sequences, triton.cdiv(channels, shape["BLOCKS"] * shape["BLOCK_D"])](
+            kernel[sequences, triton.cdiv(channels, shape["BLOCK_D"] * shape.get("BLOCKS", 1))](
                 *tensors, length, channels, pad_slot_id,
                 *(stride[0] for stride in strides), *A.stride(), B_strides[0], C_strides[0], *vector_strides,
                 save_states_every,
@@ -290,34 +297,35 @@ def selective_scan_triton(
             )  # fmt: skip
 
 
-def _in_fours(x: torch.Tensor) -> bool:
-    """Whether every token's B or C ``[.., N, L]`` can be read four states a load."""
-    four = 4 * x.element_size()
-    strides = [x.stride(-1), *([x.stride(0)] if x.dim() == 4 else [])]
-    return x.data_ptr() % four == 0 and all(stride * x.element_size() % four == 0 for stride in strides)
+def _aligned(size: int, *tensors: torch.Tensor) -> bool:
+    """Whether every token's row, which is the last dimension but one, begins at a multiple of ``size`` bytes."""
+    for x in tensors:
+        strides = [x.stride(i) for i in range(x.dim()) if i != x.dim() - 2 and x.shape[i] > 1]
+        if x.data_ptr() % size or any(stride * x.element_size() % size for stride in strides):
+            return False
+    return True
 
 
-def rows_launch_shape(sequences: int, channels: int, n: int) -> dict[str, int | bool]:
-    """Launch of the kernel for rows: more lanes a channel where there are few (sequence, channel) pairs.
+def _in_fours(*tensors: torch.Tensor) -> bool:
+    """Whether every token's B or C can be read four states a load."""
+    return all(_aligned(4 * x.element_size(), x) for x in tensors)
 
-    The H100 and H200 have 528 schedulers. With work for four warps each, the traffic of B and C from the first cache
-    to the registers decides: one lane a channel, and two channels a lane share what is loaded. With less, a wait is
-    not hidden by other warps: lanes are added to have more of them, and everything is loaded a group of tokens
-    ahead. Results do not depend on the choice.
+
+def mixer_launch(sequences: int, channels: int, n: int) -> tuple[Any, dict[str, Any]]:
+    """The kernel for a mixer's layout, and its launch. Results do not depend on the choice.
+
+    A warp of a long sequence runs to the end of the launch, so what matters is to have all of them at once and as
+    many as fit: the kernel for tiles, with the most lanes a channel and the longest groups whose warps fit. Above,
+    the kernel for rows: one lane a channel, which issues least, and two blocks of channels share what is read of B
+    and C.
     """
     warps = sequences * triton.cdiv(channels, 32)  # at one lane a channel
-    lanes = 1 if warps >= 2112 else 2 if warps > 264 else 4
-    lanes = min(max(lanes, n // 16), n // 4)  # 4 to 16 states a thread
-    block_d = 32 // lanes
-    blocks = 2 if lanes == 1 else 1
-    return {
-        "N": n,
-        "LANES": lanes,
-        "BLOCK_D": block_d,
-        "BLOCKS": blocks,
-        "EVEN_D": channels % (blocks * block_d) == 0,
-        "STEPS": 4 if lanes == 1 else 8,
-        "BC_AHEAD": lanes > 1,
-        "num_warps": 1,
-        "enable_fp_fusion": False,
-    }
+    options = {"N": n, "num_warps": 1, "enable_fp_fusion": False}
+    for states, steps, resident in _TILES if n <= 16 else _TILES[-1:]:
+        lanes = n // states
+        if n > 16 or 0 < lanes <= min(4, resident * _MULTIPROCESSORS // max(1, warps)):
+            block_d = 32 // lanes
+            shape = {"LANES": lanes, "BLOCK_D": block_d, "EVEN_D": channels % block_d == 0, "STEPS": steps}
+            return selective_scan_tiles_kernel, shape | options
+    shape = {"BLOCK_D": 32, "BLOCKS": 2, "EVEN_D": channels % 64 == 0, "STEPS": 4}
+    return selective_scan_rows_kernel, shape | options

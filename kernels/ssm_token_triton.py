@@ -6,6 +6,8 @@ not left to a layout: four states after each other, then the upper half of those
 left. (Padded states have A = B = C = 0: their state stays zero and adds nothing.)
 """
 
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import inspect
@@ -102,3 +104,35 @@ def ssm_token(
     if HAS_Z:
         y = y * silu(z.to(tl.float32))
     return h, y
+
+
+@triton.jit
+def recur(h, a, delta, du, b, c, STATES: tl.constexpr):
+    """One step of the recurrence where a thread's states are tensors of their own, not rows of a tile.
+
+    ``h``, ``a``, ``b`` and ``c`` are tuples of STATES tensors: the state before this token, A * log2(e), B and C.
+    ``delta`` is the finished step, ``du`` that times u. Gives ``(states after it, sum over them of state * C)``, the
+    sum in the order told above.
+    """
+    after = ()
+    chains = ()
+    y = du
+    for i in tl.static_range(STATES):
+        s = tl.fma(ex2(a[i] * delta), h[i], b[i] * du)
+        after = after + (s,)  # noqa: RUF005 - Triton has no unpacking
+        y = s * c[i] if i % 4 == 0 else tl.fma(s, c[i], y)
+        if i % 4 == 3:
+            chains = chains + (y,)  # noqa: RUF005
+    for _k in tl.static_range(3):
+        if len(chains) > 1:
+            halved = ()
+            for m in tl.static_range(len(chains) // 2):
+                halved = halved + (chains[m] + chains[m + len(chains) // 2],)  # noqa: RUF005
+            chains = halved
+    return after, chains[0]
+
+
+@triton.jit
+def first_saved_row(i_s, first, length, every, VARLEN: tl.constexpr):
+    """The row of ``saved_states`` with the initial state of sequence ``i_s``, which begins at token ``first``."""
+    return first // every + i_s if VARLEN else i_s * ((length - 1) // every + 1)

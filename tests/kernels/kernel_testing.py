@@ -25,6 +25,7 @@ TRITON_MODULES = (
     "tp_mamba.kernels.approx_triton",
     "tp_mamba.kernels.ssm_token_triton",
     "tp_mamba.kernels.selective_scan_rows_triton",
+    "tp_mamba.kernels.selective_scan_tiles_triton",
     "tp_mamba.kernels.linear_softplus_triton",
     "tp_mamba.kernels.selective_scan_triton",
     "tp_mamba.kernels.selective_state_update_triton",

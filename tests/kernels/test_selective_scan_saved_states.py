@@ -21,13 +21,15 @@ from kernel_testing import (
     triton_device,
 )
 from test_selective_scan import make
-from test_selective_scan_rows import LAUNCHES, launch_of, loop_of
+from test_selective_scan_launches import ROWS as ROWS_SHAPES
+from test_selective_scan_launches import TILES as TILES_SHAPES
+from test_selective_scan_launches import loop_of, rows_launch, tiles_launch
 
 from tp_mamba.kernels.selective_scan import selective_scan_fn
 from tp_mamba.kernels.selective_scan_reference import selective_scan_reference
 
 LENGTHS = [11, 0, 1, 17, 8]
-ROWS, GENERAL = "rows", "general"
+MIXER, GENERAL = "mixer", "general"
 
 
 @pytest.fixture(params=[*DEVICES, "cpu"])
@@ -49,13 +51,13 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def only(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the two Triton kernels, let this one run and the other fail."""
+    """Let the kernels for a mixer's layout run, or the general one; the other fails."""
     module = sys.modules["tp_mamba.kernels.selective_scan_triton"]
     if kernel == GENERAL:
         monkeypatch.setattr(module, "ROW_STATE_SIZES", ())
-    monkeypatch.setattr(
-        module, "_selective_scan_kernel" if kernel == ROWS else "selective_scan_rows_kernel", None
-    )
+        monkeypatch.setattr(module, "mixer_launch", None)
+    else:
+        monkeypatch.setattr(module, "_selective_scan_kernel", None)
 
 
 def packed(
@@ -138,7 +140,7 @@ def test_dense_matches_float64(any_device: torch.device, n: int, k: int) -> None
     assert check(dense(20, n, 9, seed=n), any_device, k).shape == (3, -(-9 // k), 20, n)
 
 
-@pytest.mark.parametrize(("kernel", "k"), [(ROWS, 1), (ROWS, 4), (ROWS, 24), (GENERAL, 1), (GENERAL, 3)])
+@pytest.mark.parametrize(("kernel", "k"), [(MIXER, 1), (MIXER, 4), (MIXER, 24), (GENERAL, 1), (GENERAL, 3)])
 def test_pieces_start_again_from_their_rows(
     device: torch.device, kernel: str, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,16 +179,20 @@ def test_pieces_start_again_from_their_rows(
 def test_bits_do_not_depend_on_the_launch(
     device: torch.device, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The general kernel, then every launch of the one for rows, with a last block of channels that is not full."""
+    """The general kernel, then every launch of the other two, with a last block of channels that is not full."""
     inputs = to(packed(40, 16, [7, 19], torch.bfloat16, seed=k), device)
     mine = all_rows([7, 19], k)
     module = sys.modules["tp_mamba.kernels.selective_scan_triton"]
     with monkeypatch.context() as patch:
         only(GENERAL, patch)
         first = selective_scan_fn(**own(inputs), save_states_every=k)
-    only(ROWS, monkeypatch)
-    for launch in LAUNCHES:
-        monkeypatch.setattr(module, "rows_launch_shape", launch_of(*launch))
+    only(MIXER, monkeypatch)
+    launches = [
+        *(rows_launch(*shape) for shape in ROWS_SHAPES),
+        *(tiles_launch(*shape) for shape in TILES_SHAPES),
+    ]
+    for launch in launches:
+        monkeypatch.setattr(module, "mixer_launch", launch)
         out, saved = selective_scan_fn(**own(inputs), save_states_every=k)
         assert torch.equal(out, first[0])
         assert torch.equal(saved[mine], first[1][mine])
@@ -255,16 +261,19 @@ def test_compiled_and_opcheck() -> None:
     torch.library.opcheck(torch.ops.tp_mamba.selective_scan.default, (*args, *tail))
 
 
-def record(sequences: int, channels: int, k: int | None, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """The kernel for rows, and the launch of it for a mixer's call with 16 states."""
+def record(
+    sequences: int, channels: int, k: int | None, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, dict[str, Any], Any]:
+    """The kernel chosen for a mixer's call with 16 states, its shape, and its launch."""
     import tp_mamba.kernels.selective_scan as op
     import tp_mamba.kernels.selective_scan_triton as module
 
     T, N = 8 * sequences, 16
     x, bc = torch.zeros(T, 2 * channels, dtype=torch.bfloat16), torch.zeros(T, 2 * N)
-    launches, kernel = Launches(), module.selective_scan_rows_kernel
+    kernel, shape = module.mixer_launch(sequences, channels, N)
+    launches = Launches()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "selective_scan_rows_kernel", launches)
+        patch.setattr(module, kernel.__name__, launches)
         patch.setattr(op, "use_triton", lambda x: True)
         selective_scan_fn(
             x[:, :channels].t(), x[:, :channels].t(), torch.zeros(N, channels).t(), bc[:, :N].t(), bc[:, N:].t(),
@@ -275,42 +284,49 @@ def record(sequences: int, channels: int, k: int | None, monkeypatch: pytest.Mon
             ssm_states=torch.zeros(sequences, N, channels).mT,
             save_states_every=k,
         )  # fmt: skip
-    return kernel, launches.calls[0]
+    return kernel, shape, launches.calls[0]
+
+
+FEW, MANY = (1, 8192), (64, 2048)
+"""Sequences and channels that the kernel for tiles, and that for rows, are chosen for."""
 
 
 def test_one_compilation_for_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of eight, one for the multiples; of others, one for each power of two below eight that divides them."""
+    """Of 16, one for the multiples; of others, one for each power of two below 16 that divides them."""
 
     def compilations(*distances: int | None) -> int:
-        return len({specialization(*record(1, 64, k, monkeypatch)) for k in distances})
+        launches = [record(*FEW, k, monkeypatch) for k in distances]
+        return len({specialization(kernel, launch) for kernel, _, launch in launches})
 
-    assert compilations(8, 16, 24, 64, 4096, 1 << 40) == 1
-    assert compilations(*range(1, 9), 56, 61, 62, 68) == 4
-    assert compilations(None, 8) == 2
+    assert compilations(16, 32, 48, 64, 4096, 1 << 40) == 1
+    assert compilations(*range(1, 17), 56, 61, 62, 68) == 5
+    assert compilations(None, 16) == 2
 
 
-@pytest.mark.parametrize(("sequences", "channels"), [(64, 2048), (1, 16384), (1, 8192)])
+@pytest.mark.parametrize("sizes", [FEW, (2, 8192), (4, 8192), MANY])
 def test_compiles_for_hopper_without_spills(
-    sequences: int, channels: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One, two and four lanes a channel: saving moves no state from the registers but to its row."""
-    kernel, launch = record(sequences, channels, 64, monkeypatch)
-    compiled = compile_for_hopper(kernel, launch)
-    assert stack_bytes(compiled, tmp_path) == 0
-    assert compiled.metadata.shared == 0
+    """Saving moves no state from the registers but to its row."""
+    kernel, _, launch = record(*sizes, 64, monkeypatch)
+    assert stack_bytes(compile_for_hopper(kernel, launch), tmp_path) == 0
 
 
-def test_instructions_of_the_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sizes", [FEW, MANY])
+def test_instructions_of_the_loop(
+    sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Without saving the loop stores its outputs and does not branch; with it, one branch a group jumps the stores."""
     loops = []
     for k in (None, 64):
-        kernel, launch = record(1, 8192, k, monkeypatch)
+        kernel, shape, launch = record(*sizes, k, monkeypatch)
         loops.append(loop_of(compile_for_hopper(kernel, launch).asm["cubin"], tmp_path))
-    steps, states = launch[1]["STEPS"], 16 // launch[1]["LANES"] * launch[1]["BLOCKS"]
+    states = 16 * shape["BLOCKS"] if "BLOCKS" in shape else 16 // shape["LANES"]
+    stores = shape["STEPS"] * shape["BLOCKS"] if "BLOCKS" in shape else 1  # one for a whole tile
     plain, saving = ([line.split()[0].split(".")[0] for line in loop] for loop in loops)
-    assert plain.count("STG") == steps * launch[1]["BLOCKS"]
+    assert plain.count("STG") == stores
     assert plain.count("BRA") == 1
-    assert saving.count("STG") == plain.count("STG") + states
+    assert saving.count("STG") == stores + states
     assert saving.count("BRA") == 2
     # A store and its address a state; the comparison, the counter and the next row a group.
-    assert len(saving) - len(plain) <= 5 * states + 20
+    assert len(saving) - len(plain) <= 5 * states + 40
