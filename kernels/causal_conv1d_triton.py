@@ -9,7 +9,9 @@ The grid holds two kinds of programs, each over a block of channels:
   need nothing but ``x``. In a packed batch every token finds its start by bisection, on the device, so
   neither the host nor the grid knows any length but the sum.
 
-Both call :func:`_convolve`, so a token's bits do not depend on which kind computed it.
+Both call :func:`convolve`, so a token's bits do not depend on which kind computed it.
+
+One token a row in a mixer's layout has a kernel of its own, ``causal_conv1d_step_triton``.
 """
 
 # ruff: noqa: RUF005 (Triton does not parse starred elements of a tuple)
@@ -21,15 +23,13 @@ import torch
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _convolve(window, weight, acc, SILU: tl.constexpr):
-    """``silu(acc + sum_k window[k] * weight[k])``, oldest tap first; window and weight are K-tuples."""
-    for k in tl.static_range(len(weight)):
-        acc = tl.fma(window[k], weight[k], acc)
-    if SILU:
-        acc = acc / (1.0 + tl.exp(-acc))
-    return acc
+from tp_mamba.kernels.causal_conv1d_step_triton import (
+    convolve,
+    is_packed,
+    launch_step,
+    load_taps,
+    takes_step,
+)
 
 
 @triton.jit
@@ -50,8 +50,8 @@ def _sequence_of(t, starts_ptr, num_seqs, rounds):
 def _head(
     seq, d, m_d, x_ptr, weight, bias, out_ptr, states_ptr, starts_ptr, slots_ptr, initial_ptr,
     length, pad_slot_id, x_stride_t, out_stride_t, states_stride_s, states_stride_d, states_stride_k,
-    K: tl.constexpr, HEAD: tl.constexpr, STATE_LEN: tl.constexpr, BLOCK_S: tl.constexpr,
-    ALL_INITIAL: tl.constexpr, ZERO_NULL: tl.constexpr, SILU: tl.constexpr,
+    K: tl.constexpr, HEAD: tl.constexpr, STATE_LEN: tl.constexpr,
+    STATES_UNIT: tl.constexpr, ALL_INITIAL: tl.constexpr, ZERO_NULL: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """The first HEAD tokens of a sequence, and its state; x_ptr and out_ptr point at channels of token 0."""
     start = tl.zeros((), tl.int64)
@@ -74,18 +74,19 @@ def _head(
         initial = real & ALL_INITIAL
         if initial_ptr is not None:
             initial = real & (tl.load(initial_ptr + seq) != 0)
-        states_ptr += slot * states_stride_s
+        states_ptr += slot * states_stride_s + (d if STATES_UNIT else d * states_stride_d)
         for k in tl.static_range(K - 1):
-            column = states_ptr + d * states_stride_d + (STATE_LEN - (K - 1) + k) * states_stride_k
+            column = states_ptr + (STATE_LEN - (K - 1) + k) * states_stride_k
             window = window + (tl.load(column, mask=m_d & initial, other=0.0).to(tl.float32),)
         # Column c of the new state is input length - STATE_LEN + c of the sequence, or an old column.
-        c = tl.arange(0, BLOCK_S)[None, :]
-        p = length - STATE_LEN + c
-        m_sd = m_d[:, None] & (c < STATE_LEN) & real & ((length > 0) | ~initial)
-        p_old = states_ptr + d[:, None] * states_stride_d + (c + length) * states_stride_k
-        b_old = tl.load(p_old, mask=m_sd & (p < 0) & initial, other=0.0)
-        b_new = tl.load(x_ptr[:, None] + p * x_stride_t, mask=m_sd & (p >= 0), other=0.0)
-        b_state = tl.where(p < 0, b_old, b_new.to(b_old.dtype))
+        m_state = m_d & real & ((length > 0) | ~initial)
+        columns = ()
+        for c in tl.static_range(STATE_LEN):
+            p = length - STATE_LEN + c
+            p_old = states_ptr + (c + length) * states_stride_k
+            b_old = tl.load(p_old, mask=m_state & (p < 0) & initial, other=0.0)
+            b_new = tl.load(x_ptr + p * x_stride_t, mask=m_state & (p >= 0), other=0.0)
+            columns = columns + (tl.where(p < 0, b_old, b_new.to(b_old.dtype)),)
 
     for t in tl.static_range(HEAD):
         b_x = tl.load(x_ptr + t * x_stride_t, mask=m_d & (t < length), other=0.0)
@@ -94,16 +95,114 @@ def _head(
         taps = ()
         for k in tl.static_range(K):
             taps = taps + (window[t + k],)
-        b_out = _convolve(taps, weight, bias, SILU)
+        b_out = convolve(taps, weight, bias, SILU)
         if ZERO_NULL:
             b_out = tl.where(real, b_out, 0.0)
         tl.store(out_ptr + t * out_stride_t, b_out.to(out_ptr.dtype.element_ty), mask=m_d & (t < length))
 
     if states_ptr is not None:
-        # Threads may exchange columns in the shift: every read of the slot comes before every write.
+        # Threads may exchange columns: every read of the slot comes before every write.
         tl.debug_barrier()
-        p_state = states_ptr + d[:, None] * states_stride_d + c * states_stride_k
-        tl.store(p_state, b_state, mask=m_sd)
+        for c in tl.static_range(STATE_LEN):
+            tl.store(states_ptr + c * states_stride_k, columns[c], mask=m_state)
+
+
+@triton.jit
+def _owner(t, starts_ptr, num_seqs, rounds, length):
+    """The sequence that holds token t: whether there is one, its start, and its end."""
+    inside = t >= 0
+    start = tl.zeros_like(t)
+    stop = start + length
+    if starts_ptr is not None:
+        owner = _sequence_of(t, starts_ptr, num_seqs, rounds)
+        inside = (owner >= 0) & (owner < num_seqs)
+        start = tl.load(starts_ptr + owner, mask=inside, other=0).to(tl.int64)
+        stop = tl.load(starts_ptr + owner + 1, mask=inside, other=0).to(tl.int64)
+    return inside, start, stop
+
+
+@triton.jit
+def _load_tokens(first, last, m_d, x_ptr, x_stride_t, COUNT: tl.constexpr):
+    """The rows first .. first + COUNT - 1 as they are in memory, zeros from last on."""
+    rows = ()
+    for i in tl.static_range(COUNT):
+        rows = rows + (tl.load(x_ptr + (first + i) * x_stride_t, mask=m_d & (first + i < last), other=0.0),)
+    return rows
+
+
+@triton.jit
+def _walk(
+    first, last, m_d, x_ptr, weight, bias, out_ptr, starts_ptr, num_seqs, rounds, length, live,
+    x_stride_t, out_stride_t, K: tl.constexpr, SILU: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Tokens first .. last - 1, a group at a time; the next one on its way; a thread keeps the last K - 1 inputs.
+
+    Every token is read once, but in a group that holds a start or an end: there K times, to keep the code small.
+    """
+    window = ()
+    for k in tl.static_range(K - 1):
+        p_x = x_ptr + (first - (K - 1) + k) * x_stride_t
+        window = window + (tl.load(p_x, mask=m_d & (first > 0), other=0.0).to(tl.float32),)
+    ahead = _load_tokens(first, last, m_d, x_ptr, x_stride_t, GROUP)
+    start = first
+    stop = first
+    for j in range(tl.cdiv(last - first, GROUP).to(tl.int32)):
+        t = first + j * GROUP
+        group = window
+        for i in tl.static_range(GROUP):
+            group = group + (ahead[i].to(tl.float32),)
+        ahead = _load_tokens(t + GROUP, last, m_d, x_ptr, x_stride_t, GROUP)
+        if t >= stop:
+            _, start, stop = _owner(t, starts_ptr, num_seqs, rounds, length)
+        # (Outside all sequences stop is no later than t.)
+        if live & (t - start >= K - 1) & (t + GROUP <= tl.minimum(stop, last)):
+            for i in tl.static_range(GROUP):
+                inputs = ()
+                for k in tl.static_range(K):
+                    inputs = inputs + (group[i + k],)
+                b_out = convolve(inputs, weight, bias, SILU)
+                tl.store(out_ptr + (t + i) * out_stride_t, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
+        else:
+            for i_s in range(tl.minimum(last - t, GROUP).to(tl.int32)):
+                s = t + i_s
+                inputs = ()
+                for k in tl.static_range(K):
+                    # Tokens before K - 1 are heads whatever the batch: the taps need no mask of their own.
+                    p_x = x_ptr + (s - (K - 1 - k)) * x_stride_t
+                    inputs = inputs + (tl.load(p_x, mask=m_d & (s >= K - 1), other=0.0).to(tl.float32),)
+                inside, start_s, _ = _owner(s, starts_ptr, num_seqs, rounds, length)
+                b_out = tl.where(inside & live, convolve(inputs, weight, bias, SILU), 0.0)
+                written = (s - start_s >= K - 1) | ~inside
+                tl.store(out_ptr + s * out_stride_t, b_out.to(out_ptr.dtype.element_ty), mask=m_d & written)
+        window = ()
+        for k in tl.static_range(K - 1):
+            window = window + (group[GROUP + k],)
+
+
+@triton.jit
+def _tiles(
+    first, m_d, x_ptr, weight, bias, out_ptr, starts_ptr, num_seqs, rounds, length, live,
+    x_stride_t, out_stride_t, K: tl.constexpr, SILU: tl.constexpr, BLOCK_T: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The tokens from first on where neighbouring threads read neighbouring tokens: each is read K times."""
+    weight_2d = ()
+    for k in tl.static_range(K):
+        weight_2d = weight_2d + (weight[k][None, :],)
+    for tile in range(tl.minimum(TILES, tl.cdiv(length - first, BLOCK_T)).to(tl.int32)):
+        t = first + tile * BLOCK_T + tl.arange(0, BLOCK_T)
+        # Tokens before K - 1 are heads whatever the batch: the taps need no mask of their own.
+        m_x = ((t >= K - 1) & (t < length))[:, None] & m_d[None, :]
+        taps = ()
+        for k in tl.static_range(K):
+            p_x = x_ptr[None, :] + (t - (K - 1 - k))[:, None] * x_stride_t
+            taps = taps + (tl.load(p_x, mask=m_x, other=0.0).to(tl.float32),)
+        # After the loads were issued: the bisection hides behind them.
+        inside, start, _ = _owner(t, starts_ptr, num_seqs, rounds, length)
+        written = (t < length) & ((t - start >= K - 1) | ~inside)
+        b_out = convolve(taps, weight_2d, bias[None, :], SILU)
+        b_out = tl.where((inside & live)[:, None], b_out, 0.0)
+        p_out = out_ptr[None, :] + t[:, None] * out_stride_t
+        tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=written[:, None] & m_d[None, :])
 
 
 # Whatever varies from batch to batch compiles no other variant: lengths, counts, strides that follow a
@@ -132,9 +231,10 @@ def _causal_conv1d_kernel(
     out_stride_b: tl.int64, out_stride_d: tl.int64, out_stride_t: tl.int64,
     weight_stride_d, weight_stride_k,
     states_stride_s: tl.int64, states_stride_d: tl.int64, states_stride_k: tl.int64,
-    K: tl.constexpr, HEAD: tl.constexpr, STATE_LEN: tl.constexpr, BLOCK_S: tl.constexpr,
-    X_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, ALL_INITIAL: tl.constexpr, ZERO_NULL: tl.constexpr,
-    SILU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
+    K: tl.constexpr, HEAD: tl.constexpr, STATE_LEN: tl.constexpr,
+    X_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, STATES_UNIT: tl.constexpr,
+    ALL_INITIAL: tl.constexpr, ZERO_NULL: tl.constexpr, PACKED: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     # Blocks of channels vary fastest: neighbouring programs read neighbouring addresses.
     blocks_d = tl.cdiv(D, BLOCK_D)
@@ -146,10 +246,7 @@ def _causal_conv1d_kernel(
     x_ptr += d if X_UNIT else d * x_stride_d
     out_ptr += d if OUT_UNIT else d * out_stride_d
 
-    weight = ()
-    for k in tl.static_range(K):
-        p_weight = weight_ptr + d * weight_stride_d + k * weight_stride_k
-        weight = weight + (tl.load(p_weight, mask=m_d, other=0.0).to(tl.float32),)
+    weight = load_taps(weight_ptr, 0, d, m_d, weight_stride_d, weight_stride_k, K, PACKED)
     bias = tl.zeros((BLOCK_D,), tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + d, mask=m_d, other=0.0).to(tl.float32)
@@ -162,45 +259,32 @@ def _causal_conv1d_kernel(
         _head(
             i, d, m_d, x_seq, weight, bias, out_seq, states_ptr, starts_ptr, slots_ptr, initial_ptr,
             length, pad_slot_id, x_stride_t, out_stride_t, states_stride_s, states_stride_d, states_stride_k,
-            K, HEAD, STATE_LEN, BLOCK_S, ALL_INITIAL, ZERO_NULL, SILU,
+            K, HEAD, STATE_LEN, STATES_UNIT, ALL_INITIAL, ZERO_NULL, SILU,
         )  # fmt: skip
     else:
         run = i - num_heads
         seq = run // runs
-        first = (run % runs) * (BLOCK_T * TILES)
+        first = (run % runs).to(tl.int64) * (BLOCK_T * TILES)
         x_ptr += seq.to(tl.int64) * x_stride_b
         out_ptr += seq.to(tl.int64) * out_stride_b
-        weight_2d = ()
-        for k in tl.static_range(K):
-            weight_2d = weight_2d + (weight[k][None, :],)
-        for tile in range(tl.minimum(TILES, tl.cdiv(length - first, BLOCK_T)).to(tl.int32)):
-            t = first + tile * BLOCK_T + tl.arange(0, BLOCK_T)
-            # Tokens before K - 1 are heads whatever the batch: the taps need no mask of their own.
-            m_x = ((t >= K - 1) & (t < length))[:, None] & m_d[None, :]
-            taps = ()
-            for k in tl.static_range(K):
-                p_x = x_ptr[None, :] + (t.to(tl.int64) - (K - 1 - k))[:, None] * x_stride_t
-                taps = taps + (tl.load(p_x, mask=m_x, other=0.0).to(tl.float32),)
-            written = t >= K - 1
-            inside = t >= 0
-            if starts_ptr is not None:
-                # After the loads were issued: the bisection hides behind them.
-                owner = _sequence_of(t, starts_ptr, num_seqs, rounds)
-                inside = (owner >= 0) & (owner < num_seqs)
-                start = tl.load(starts_ptr + owner, mask=inside, other=0)
-                written = (t - start >= K - 1) | ~inside
-            if ZERO_NULL and slots_ptr is not None:
-                inside = inside & (tl.load(slots_ptr + seq) != pad_slot_id)
-            b_out = _convolve(taps, weight_2d, bias[None, :], SILU)
-            b_out = tl.where(inside[:, None], b_out, 0.0)
-            p_out = out_ptr[None, :] + t.to(tl.int64)[:, None] * out_stride_t
-            m_out = (written & (t < length))[:, None] & m_d[None, :]
-            tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_out)
+        live = first >= 0
+        if ZERO_NULL and slots_ptr is not None:
+            live = tl.load(slots_ptr + seq) != pad_slot_id
+        if X_UNIT and OUT_UNIT:
+            _walk(
+                first, tl.minimum(first + BLOCK_T * TILES, length), m_d, x_ptr, weight, bias, out_ptr, starts_ptr,
+                num_seqs, rounds, length, live, x_stride_t, out_stride_t, K, SILU, BLOCK_T,
+            )  # fmt: skip
+        else:
+            _tiles(
+                first, m_d, x_ptr, weight, bias, out_ptr, starts_ptr, num_seqs, rounds, length, live,
+                x_stride_t, out_stride_t, K, SILU, BLOCK_T, TILES,
+            )  # fmt: skip
 
 
-# 256 channels are 16 bytes of bf16 a thread; 8 tokens at a time keep four programs on a multiprocessor. A
-# launch without bodies (decode) waits for memory, not for bandwidth, and wants more programs.
-TOKEN_MAJOR = {"BLOCK_T": 8, "BLOCK_D": 256, "TILES": 8}
+# 512 channels are 8 bytes of bf16 a thread. A launch without bodies waits for memory, not for bandwidth, and wants more
+# programs.
+TOKEN_MAJOR = {"BLOCK_T": 8, "BLOCK_D": 512, "TILES": 8}
 TOKEN_MAJOR_HEADS_ONLY = {"BLOCK_T": 8, "BLOCK_D": 128, "TILES": 8}
 CHANNEL_MAJOR = {"BLOCK_T": 64, "BLOCK_D": 32, "TILES": 1}
 
@@ -231,6 +315,9 @@ def launch(
             x.as_strided((1, *x.shape), (0, *x.stride())),
             out.as_strided((1, *x.shape), (0, *out.stride())),
         )
+    elif zero_null and states is not None and takes_step(out, x, weight, states):
+        launch_step(out, x, weight, bias, silu, states, cache_indices, pad_slot_id)
+        return
     batch, channels, length = x.shape
     width = weight.shape[1]
     num_seqs = batch if query_start_loc is None else query_start_loc.shape[0] - 1
@@ -254,8 +341,9 @@ def launch(
             out, x, weight, bias, states, query_start_loc, cache_indices, has_initial_state,
             channels, length, num_seqs, (num_seqs + 1).bit_length(), num_heads, max(runs, 1), pad_slot_id,
             *x.stride(), *out.stride(), *weight.stride(), *((0, 0, 0) if states is None else states.stride()),
-            K=width, HEAD=head, STATE_LEN=state_len, BLOCK_S=triton.next_power_of_2(state_len),
+            K=width, HEAD=head, STATE_LEN=state_len,
             X_UNIT=x.stride(1) == 1, OUT_UNIT=out.stride(1) == 1,
-            ALL_INITIAL=all_initial, ZERO_NULL=zero_null, SILU=silu,
+            STATES_UNIT=states is not None and states.stride(1) == 1,
+            ALL_INITIAL=all_initial, ZERO_NULL=zero_null, PACKED=is_packed(weight), SILU=silu,
             BLOCK_T=block_t, BLOCK_D=block_d, TILES=tiles, num_warps=4,
         )  # fmt: skip

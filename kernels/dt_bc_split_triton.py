@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tp_mamba.kernels.dependent_launch_triton import early_start, let_next_start, wait_for_kernel_ahead
+
 
 @triton.jit(do_not_specialize=["T"])
 def _split_kernel(
@@ -31,7 +33,10 @@ def _split_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_next_start(PDL)
+    wait_for_kernel_ahead(PDL)
     first_t = tl.program_id(0).to(tl.int64) * BLOCK_T
     t = first_t + tl.arange(0, BLOCK_T)[:, None]
     r = tl.arange(0, BLOCK_R)[None, :]
@@ -82,4 +87,5 @@ def launch(
         _split_kernel[(triton.cdiv(T, block_t),)](
             dt, bc, x, dt_weight, b_weight, c_weight, T, eps, stride_t, x.stride(1), R, N,
             BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_N=block_n, num_warps=min(32, max(4, block_r // 512)),
+            **early_start(x.device),
         )  # fmt: skip

@@ -18,6 +18,12 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.approx_triton import softplus
+from tp_mamba.kernels.dependent_launch_triton import (
+    early_start,
+    let_next_start,
+    prefetch,
+    wait_for_kernel_ahead,
+)
 
 DECODE_TOKENS = 64
 """Up to here the call is bound by reading ``weight``: small tiles, so that every multiprocessor reads."""
@@ -73,8 +79,10 @@ def _streaming_kernel(
     x_stride_t: tl.constexpr, x_stride_r: tl.constexpr,
     weight_stride_d: tl.constexpr, weight_stride_r: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(PDL)
+    wait_for_kernel_ahead(PDL)
     first_t = tl.program_id(0).to(tl.int64) * tiles * BLOCK_T
     first_d = tl.program_id(1).to(tl.int64) * BLOCK_D
     d = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -124,7 +132,7 @@ def _tiled_kernel(
     x_stride_t: tl.constexpr, x_stride_r: tl.constexpr,
     weight_stride_d: tl.constexpr, weight_stride_r: tl.constexpr,
     D: tl.constexpr, R: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     first_t = tl.program_id(0).to(tl.int64) * BLOCK_T
     first_d = tl.program_id(1).to(tl.int64) * BLOCK_D
@@ -136,6 +144,14 @@ def _tiled_kernel(
 
     x_ptr += first_t * x_stride_t
     weight_ptr += first_d * weight_stride_d
+    let_next_start(PDL)
+    if PDL:
+        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
+        LINES: tl.constexpr = BLOCK_R // LINE if BLOCK_R > LINE else 1
+        # Beyond the edges the last row and column are asked for again.
+        row = weight_ptr + tl.minimum(d, D - 1 - first_d)[:, None] * weight_stride_d
+        prefetch(row + tl.minimum(tl.arange(0, LINES) * LINE, R - 1)[None, :] * weight_stride_r)
+    wait_for_kernel_ahead(PDL)
     bias = tl.full([BLOCK_D], 0.0, tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + first_d + d, mask=d_mask, other=0.0).to(tl.float32)
@@ -174,9 +190,10 @@ def launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch
     # The stride of a single row says nothing: it must not compile a kernel of its own.
     sizes = (R if T == 1 else x.stride(0), x.stride(1), *weight.stride(), D, R)
     blocks = {name: getattr(shape, name) for name in ("BLOCK_T", "BLOCK_D", "BLOCK_R", "num_warps")}
+    options = early_start(x.device)
     grid = (triton.cdiv(T, shape.BLOCK_T * shape.tiles), triton.cdiv(D, shape.BLOCK_D))
     with torch.cuda.device_of(x):
         if shape.streaming:
-            _streaming_kernel[grid](out, x, weight, bias, T, shape.tiles, *sizes, **blocks)
+            _streaming_kernel[grid](out, x, weight, bias, T, shape.tiles, *sizes, **blocks, **options)
         else:
-            _tiled_kernel[grid](out, x, weight, bias, T, *sizes, **blocks)
+            _tiled_kernel[grid](out, x, weight, bias, T, *sizes, **blocks, **options)

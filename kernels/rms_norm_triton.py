@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tp_mamba.kernels.dependent_launch_triton import early_start, let_next_start, wait_for_kernel_ahead
+
 
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm_kernel(
@@ -26,8 +28,10 @@ def _rms_norm_kernel(
     x_stride_r: tl.int64, x_stride_h: tl.int64,
     residual_stride_r: tl.int64, residual_stride_h: tl.int64,
     weight_stride_h,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(PDL)
+    wait_for_kernel_ahead(PDL)
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     h = tl.arange(0, BLOCK_H)[None, :]
     m = (r < rows) & (h < H)
@@ -66,4 +70,5 @@ def launch(
             *x.stride(), *((0, 0) if residual is None else residual.stride()),
             0 if weight is None else weight.stride(0),
             BLOCK_R=block_r, BLOCK_H=block_h, num_warps=min(32, max(4, block_h // 512)),
+            **early_start(x.device),
         )  # fmt: skip

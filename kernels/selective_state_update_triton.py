@@ -1,7 +1,8 @@
-"""One token of the selective scan for a batch of state slots, in Triton.
+"""One token of the selective scan for a batch of state slots, in Triton: the choice of kernel, and the general one.
 
-A program runs the scan's own :func:`ssm_token` on one (row, head, block of channels), so that decoding continues
-a prefill bit for bit.
+``selective_state_update_rows_triton`` serves what a mixer passes. The kernel here takes all else: a program runs the
+scan's own :func:`ssm_token` on one (row, head, block of channels). Both have the scan's arithmetic, so that decoding
+continues a prefill bit for bit.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.approx_triton import LOG2_E
+from tp_mamba.kernels.selective_state_update_rows_triton import rows_launch, state_update_rows_kernel
 from tp_mamba.kernels.ssm_token_triton import BLOCK_D, jit_by_type, launch_shape, ssm_token
 
 
@@ -125,7 +127,7 @@ def selective_state_update_triton(
     pad_slot_id: int,
     out: torch.Tensor,
 ) -> None:
-    """Launch over (rows, channel blocks, heads); arguments as the op ``tp_mamba::selective_state_update``."""
+    """Launch one of the two kernels; arguments as the op ``tp_mamba::selective_state_update``."""
     batch = x.shape[0]
     heads = x.shape[1] if x.dim() == 3 else 1
     channels, n = A.shape[-2:]
@@ -141,19 +143,30 @@ def selective_state_update_triton(
         return own if len(own) == dims else (*own[:head_dim], 0, *own[head_dim:])
 
     x_s, dt_s, z_s, out_s = (strides(t, 1, 3) for t in (x, dt, z, out))
-    grid = (batch, triton.cdiv(channels, BLOCK_D), heads)
+    B_s, C_s = strides(B, 1, 3), strides(C, 1, 3)
+    tensors = (state, x, dt, z, out, A, B, C, D, dt_bias, state_batch_indices)
+    options = {
+        "HAS_D": D is not None,
+        "HAS_Z": z is not None,
+        "HAS_BIAS": dt_bias is not None,
+        "SOFTPLUS": dt_softplus,
+        "HAS_SLOTS": state_batch_indices is not None,
+    }
+    by_rows = rows_launch(state, x, dt, A, B, C, D, z, dt_bias, out)
     with torch.cuda.device_of(x):
-        _selective_state_update_kernel[grid](
-            state, x, dt, z, out, A, B, C, D, dt_bias, state_batch_indices,
-            channels, heads * channels // groups, pad_slot_id,
-            *strides(state, 1, 4), *x_s, *dt_s, *z_s, *out_s,
-            *strides(A, 0, 3), *strides(B, 1, 3), *strides(C, 1, 3), *strides(D, 0, 2), *strides(dt_bias, 0, 2),
-            TOKEN_MAJOR=x_s[2] == dt_s[2] == z_s[2] == out_s[2] == 1,
-            ONE_GROUP=groups == 1,
-            HAS_D=D is not None,
-            HAS_Z=z is not None,
-            HAS_BIAS=dt_bias is not None,
-            SOFTPLUS=dt_softplus,
-            HAS_SLOTS=state_batch_indices is not None,
-            **launch_shape(n),
-        )  # fmt: skip
+        if by_rows is not None:
+            grid, sizes, shape = by_rows
+            state_update_rows_kernel[grid](
+                *tensors, *sizes, pad_slot_id if state_batch_indices is not None else -1,
+                state.stride(0), x_s[0], dt_s[0], z_s[0], out_s[0], B_s[0], C_s[0],
+                state_stride_n=state.stride(2), A_stride_n=A.stride(1), **shape, **options,
+            )  # fmt: skip
+        else:
+            _selective_state_update_kernel[batch, triton.cdiv(channels, BLOCK_D), heads](
+                *tensors, channels, heads * channels // groups, pad_slot_id,
+                *strides(state, 1, 4), *x_s, *dt_s, *z_s, *out_s,
+                *strides(A, 0, 3), *B_s, *C_s, *strides(D, 0, 2), *strides(dt_bias, 0, 2),
+                TOKEN_MAJOR=x_s[2] == dt_s[2] == z_s[2] == out_s[2] == 1,
+                ONE_GROUP=groups == 1,
+                **launch_shape(n), **options,
+            )  # fmt: skip

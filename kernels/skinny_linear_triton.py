@@ -4,22 +4,24 @@ The weight's rows lie along the 16-row side of the tensor core's instruction and
 side. Tiles of both are on their way to shared memory while earlier ones are multiplied. How K is cut, and why no bit
 depends on the cut, is told in ``skinny_linear_launch``.
 
-On Hopper the kernels start before the kernel ahead of them has ended (programmatic dependent launch), ask for their
-first weights to be brought into L2, and wait. A prefetch is no read: weights that the kernel ahead still writes come
-out right.
+On Hopper the kernels start before the kernel ahead of them has ended (``dependent_launch_triton``), and the product
+has its first weights brought into L2 meanwhile.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment"
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
+from tp_mamba.kernels.dependent_launch_triton import (
+    early_start,
+    let_next_start,
+    prefetch,
+    wait_for_kernel_ahead,
+)
 from tp_mamba.kernels.skinny_linear_launch import SkinnyLaunch, skinny_launch, slice_count, slice_width
 
 _AHEAD = 256
@@ -52,19 +54,6 @@ def _tree_at(ptr, stride, mask, FIRST: tl.constexpr, SIZE: tl.constexpr, COUNT: 
     return total
 
 
-@triton.jit
-def _prefetch(ptr):
-    """Ask for the cache lines at a tile of pointers to be brought into L2."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [ptr.to(tl.int64, bitcast=True)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @triton.jit(do_not_specialize=["M"])
 def _product_kernel(
     out_ptr,  # [groups, M, N] contiguous, written: float32, or the result itself if there is one group
@@ -87,14 +76,14 @@ def _product_kernel(
     n_mask = (first_n + n < N)[:, None]
     m_mask = (m < M)[None, :]
 
+    let_next_start(PDL)
     if PDL:
         # Beyond the edges the last row and column are asked for again.
         line = tl.arange(0, AHEAD // 64) * 64
         row = weight_ptr + tl.minimum(first_n + n, N - 1)[:, None] * weight_stride_n
         for g in tl.static_range(GROUP):
-            _prefetch(row + tl.minimum(first_k + g * SLICE + line, K - 1)[None, :])
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+            prefetch(row + tl.minimum(first_k + g * SLICE + line, K - 1)[None, :])
+    wait_for_kernel_ahead(PDL)
 
     weight_tile = weight_ptr + first_n * weight_stride_n + first_k + n[:, None] * weight_stride_n + k[None, :]
     x_tile = x_ptr + first_k + m[None, :] * x_stride_m + k[:, None]
@@ -132,22 +121,12 @@ def _sum_kernel(
     PDL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    let_next_start(PDL)
+    wait_for_kernel_ahead(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     total = _tree_at(sums_ptr + at, size.to(tl.int64), mask, 0, SIZE, COUNT)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@functools.cache
-def _has_dependent_launch(device: torch.device) -> bool:
-    return (
-        device.type == "cuda"
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
 
 
 def launch(
@@ -155,24 +134,18 @@ def launch(
     x: torch.Tensor,
     weight: torch.Tensor,
     cut: SkinnyLaunch | None = None,
-    *,
-    pdl: bool | None = None,
 ) -> None:
     """Write ``x @ weight.T`` to ``out [M, N]``, contiguous; x and weight have contiguous columns.
 
     Args:
         out, x, weight: as the op's.
         cut: how the work is cut, by default as :func:`skinny_launch` says. No bit of the result depends on it.
-        pdl: whether to start before the kernel ahead has ended, by default where the GPU can. Nor on this.
     """
     (M, K), N = x.shape, weight.shape[0]
     if out.numel() == 0:
         return
     cut = skinny_launch(M, N, K) if cut is None else cut
-    pdl = _has_dependent_launch(x.device) if pdl is None else pdl
-    options: dict[str, Any] = {"PDL": pdl}
-    if pdl:
-        options["launch_pdl"] = True
+    options = early_start(x.device)
     groups = triton.cdiv(slice_count(N, K), cut.group)
     sums = out if groups == 1 else x.new_empty(groups, M, N, dtype=torch.float32)
     width = slice_width(N, K)

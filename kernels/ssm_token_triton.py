@@ -6,7 +6,7 @@ not left to a layout: four states after each other, then the upper half of those
 left. (Padded states have A = B = C = 0: their state stays zero and adds nothing.)
 """
 
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment,misc"
 
 from __future__ import annotations
 
@@ -130,6 +130,26 @@ def recur(h, a, delta, du, b, c, STATES: tl.constexpr):
                 halved = halved + (chains[m] + chains[m + len(chains) // 2],)  # noqa: RUF005
             chains = halved
     return after, chains[0]
+
+
+@triton.jit
+def token_of_states(
+    h, a, skip, bias, u, delta, z, b, c,
+    N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """:func:`ssm_token` in the form of :func:`recur`: ``(N states after it, gated output float32)``."""
+    u = u.to(tl.float32)
+    delta = delta.to(tl.float32)
+    if HAS_BIAS:
+        delta = delta + bias
+    if SOFTPLUS:
+        delta = softplus(delta)
+    h, y = recur(h, a, delta, delta * u, b, c, N)
+    if HAS_D:
+        y = tl.fma(u, skip, y)
+    if HAS_Z:
+        y = y * silu(z.to(tl.float32))
+    return h, y
 
 
 @triton.jit

@@ -55,11 +55,11 @@ class Batch(NamedTuple):
 
 
 BATCHES = {
-    "prefill": (SMALL, Batch(lengths=(70,))),
-    "several prefills": (SMALL, Batch(lengths=(3, 50, 1, 20))),
+    "prefill": (SMALL, Batch(lengths=(38,))),
+    "several prefills": (SMALL, Batch(lengths=(3, 21, 1, 13))),
     "decode": (DECODE, Batch(decodes=5)),
-    "decode and prefill": (SMALL, Batch(decodes=4, lengths=(30, 41))),
-    "dense": (SMALL, Batch(lengths=(36, 36), dense=True)),
+    "decode and prefill": (SMALL, Batch(decodes=4, lengths=(17, 18))),
+    "dense": (SMALL, Batch(lengths=(19, 19), dense=True)),
 }
 
 

@@ -22,14 +22,16 @@ before 20 is off by 7e-4 of the value at 5.5 and by 3e-6 at 10.5, both many time
 89 on, ``exp`` is infinite."""
 
 TRITON_MODULES = (
+    "tp_mamba.kernels.dependent_launch_triton",
     "tp_mamba.kernels.approx_triton",
     "tp_mamba.kernels.ssm_token_triton",
     "tp_mamba.kernels.selective_scan_rows_triton",
     "tp_mamba.kernels.selective_scan_tiles_triton",
     "tp_mamba.kernels.linear_softplus_triton",
     "tp_mamba.kernels.selective_scan_triton",
-    "tp_mamba.kernels.selective_state_update_triton",
     "tp_mamba.kernels.skinny_linear_triton",
+    "tp_mamba.kernels.selective_state_update_rows_triton",
+    "tp_mamba.kernels.selective_state_update_triton",
 )
 
 
@@ -152,7 +154,9 @@ def compile_as_launched(kernel: Any, launch: tuple[tuple[Any, ...], dict[str, An
     bound, keys, options = _bind(kernel, *launch)
     signature = {name: key[0] for name, key in zip(bound, keys, strict=True)}
     constants = {name: bound[name] for name, kind in signature.items() if kind == "constexpr"}
-    aligned = [i for i, (kind, key) in enumerate(keys) if kind != "constexpr" and key]
+    aligned = [
+        i for i, (kind, key) in enumerate(keys) if kind != "constexpr" and isinstance(key, str) and key
+    ]
     attributes = {(i,): make_backend(target).parse_attr(keys[i][1]) for i in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +282,27 @@ def test_update(where: str, dtype: torch.dtype, L: int | None) -> None:
         run_on(where, check_update, dtype, K, L, pad)
 
 
+def check_long_update(device: str) -> None:
+    """Many tokens of each row at once, token-major: as in the other layout, and zeros for a padded row."""
+    B, D, K, L = 3, 8, 4, 70
+    x = randn(B, L, D, dtype=torch.float32, device=device).mT
+    weight, bias = weights(D, K, True, x.dtype, device)
+    states = randn(4, D, K - 1, dtype=x.dtype, device=device)
+    slots = torch.tensor([3, -1, 0], dtype=torch.int32, device=device)
+    other_states = states.clone()
+    out = causal_conv1d_update(x, states, weight, bias, "silu", None, slots)
+    other = causal_conv1d_update(x.contiguous(), other_states, weight, bias, "silu", None, slots)
+    assert_same(out, other)
+    assert torch.equal(states, other_states)
+    assert not out[1].any()
+    assert out[0].any(0).all()
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_update_of_many_tokens(where: str) -> None:
+    run_on(where, check_long_update)
+
+
 def check_new_lengths_do_not_recompile(device: str) -> None:
     from tp_mamba.kernels.causal_conv1d_triton import _causal_conv1d_kernel
 
@@ -337,6 +360,8 @@ def test_large_tensors(where: str) -> None:
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "update"])
 def test_kernel_compiles_for_sm90_vectorised_without_spills(packed: bool, tmp_path: Path) -> None:
+    from triton import knobs
+
     from tp_mamba.kernels.causal_conv1d_triton import (
         TOKEN_MAJOR,
         TOKEN_MAJOR_HEADS_ONLY,
@@ -350,21 +375,21 @@ def test_kernel_compiles_for_sm90_vectorised_without_spills(packed: bool, tmp_pa
     )
     types["length"] = "i64"
     strides = [f"{name}_stride_{axis}" for name in ("x", "out") for axis in "bdt"]
-    types |= dict.fromkeys([*strides, "states_stride_s", "states_stride_d"], "i64")
+    types |= dict.fromkeys([*strides, "states_stride_s", "states_stride_d", "states_stride_k"], "i64")
     constants: dict[str, Any] = {
         "K": 4,
         "HEAD": 3,
         "STATE_LEN": 3,
-        "BLOCK_S": 4,
         "X_UNIT": True,
         "OUT_UNIT": True,
+        "STATES_UNIT": True,
+        "PACKED": True,
     }
     constants |= {
         "ALL_INITIAL": False,
         "ZERO_NULL": False,
         "SILU": True,
         "weight_stride_k": 1,
-        "states_stride_k": 1,
     }
     constants |= TOKEN_MAJOR if packed else TOKEN_MAJOR_HEADS_ONLY
     if not packed:
@@ -376,12 +401,30 @@ def test_kernel_compiles_for_sm90_vectorised_without_spills(packed: bool, tmp_pa
             "initial_ptr": None,
         }
     aligned = frozenset(
-        {*pointers, "D", "x_stride_b", "x_stride_t", "out_stride_b", "out_stride_t", "states_stride_s"}
+        {
+            *pointers,
+            "D",
+            "x_stride_b",
+            "x_stride_t",
+            "out_stride_b",
+            "out_stride_t",
+            "states_stride_s",
+            "states_stride_k",
+        }
     )
     ptx, local = compile_for_h100(_causal_conv1d_kernel, pointers | types, constants, aligned, 4, tmp_path)
     assert local == 0
-    assert "ld.global.v4.b32" in ptx
-    assert "st.global.v4.b32" in ptx
+    assert not re.search(r"(ld|st)\.shared|shfl", ptx)
+    if packed:
+        # Four channels a thread, their weights in two loads; four programs a multiprocessor.
+        assert set(re.findall(r"st\.global\S*", ptx)) == {"st.global.v2.b32"}
+        assert ptx.count("ld.global.v2.b64") == 2
+        assert not re.search(r"ld\.global\.b16", ptx)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(tmp_path / "kernel.cubin")]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers = re.search(r"REG:(\d+)", usage)
+        assert registers is not None
+        assert int(registers[1]) <= 128
 
 
 def test_float64_is_computed_in_float64() -> None:

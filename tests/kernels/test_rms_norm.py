@@ -143,7 +143,7 @@ def test_kernel_compiles_for_sm90_vectorised_without_spills(H: int, tmp_path: Pa
     pointers = {"out_ptr": "*bf16", "x_ptr": "*bf16", "weight_ptr": "*bf16"}
     pointers |= {"residual_ptr": "*fp32", "new_residual_ptr": "*fp32"}
     types = {"rows": "i32", "H": "i32", "eps": "fp32", "x_stride_r": "i64", "residual_stride_r": "i64"}
-    constants = {"BLOCK_R": max(1, 1024 // H), "BLOCK_H": H}
+    constants = {"BLOCK_R": max(1, 1024 // H), "BLOCK_H": H, "PDL": False}
     constants |= dict.fromkeys(("x_stride_h", "residual_stride_h", "weight_stride_h"), 1)
     aligned = frozenset({*pointers, "H", "x_stride_r", "residual_stride_r"})
     warps = min(32, max(4, H // 512))
