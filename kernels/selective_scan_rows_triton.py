@@ -18,8 +18,8 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from tp_mamba.kernels.approx_triton import LOG2_E, silu, softplus
-from tp_mamba.kernels.ssm_token_triton import first_saved_row, jit_by_type, recur
+from tp_mamba.kernels.approx_triton import LOG2_E
+from tp_mamba.kernels.ssm_token_triton import first_saved_row, jit_by_type, token_of_states
 
 
 @triton.jit
@@ -57,26 +57,6 @@ def _load_states(ptr, four, offset: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _token(
-    h, a, skip, bias, u, delta, z, b, c,
-    N: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-):  # fmt: skip
-    """One step of the recurrence: ``(states after it, gated output [1, BLOCK_D] float32)``."""
-    u = u.to(tl.float32)
-    delta = delta.to(tl.float32)
-    if HAS_BIAS:
-        delta = delta + bias
-    if SOFTPLUS:
-        delta = softplus(delta)
-    h, y = recur(h, a, delta, delta * u, b, c, N)
-    if HAS_D:
-        y = tl.fma(u, skip, y)
-    if HAS_Z:
-        y = y * silu(z.to(tl.float32))
-    return h, y
-
-
-@triton.jit
 def _tokens(
     h, a, skip, bias, rows, b, c, out_ptr, inside,
     N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS: tl.constexpr,
@@ -86,7 +66,9 @@ def _tokens(
     after = ()
     for k in tl.static_range(BLOCKS):
         u, delta, z = rows[k]
-        h_k, y = _token(h[k], a[k], skip[k], bias[k], u, delta, z, b, c, N, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS)
+        h_k, y = token_of_states(
+            h[k], a[k], skip[k], bias[k], u, delta, z, b, c, N, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS
+        )  # fmt: skip
         tl.store(out_ptr + k * BLOCK_D, y.to(out_ptr.dtype.element_ty), mask=inside[k])
         after = after + (h_k,)  # noqa: RUF005
     return after
