@@ -50,8 +50,8 @@ def _split_dt_bc(
         from tp_mamba.kernels.dt_bc_split_triton import launch as run
     else:
         from tp_mamba.kernels.dt_bc_split_cpu import split_dt_bc_cpu as run
-    dt = x.new_empty(x.shape[0], time_step_rank, dtype=dt_dtype)
-    bc = x.new_empty(x.shape[0], 2 * state_size, dtype=_wide(x.dtype))
+    dt = x.new_empty(x.shape[-2], time_step_rank, dtype=dt_dtype)
+    bc = x.new_empty(x.shape[-2], 2 * state_size, dtype=_wide(x.dtype))
     run(dt, bc, x, without_gaps(dt_weight), without_gaps(b_weight), without_gaps(c_weight), eps)
     return dt, bc
 
@@ -67,8 +67,8 @@ def _split_dt_bc_fake(
     eps: float | None,
     dt_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dt = x.new_empty(x.shape[0], time_step_rank, dtype=dt_dtype)
-    return dt, x.new_empty(x.shape[0], 2 * state_size, dtype=_wide(x.dtype))
+    dt = x.new_empty(x.shape[-2], time_step_rank, dtype=dt_dtype)
+    return dt, x.new_empty(x.shape[-2], 2 * state_size, dtype=_wide(x.dtype))
 
 
 def split_dt_bc(
@@ -85,7 +85,8 @@ def split_dt_bc(
     """Cut ``x`` into dt, B and C, in this order, and normalise each by its root mean square if ``eps`` is given.
 
     Args:
-        x: ``[T, R + 2 N]``; float32, bfloat16, float16 or float64, any strides.
+        x: ``[T, R + 2 N]``; float32, bfloat16, float16 or float64, any strides. Or ``[slices, T, R + 2 N]`` in
+            float32 or float64, to be added up first, in an aligned binary tree: what ``skinny_linear_slices`` gives.
         time_step_rank: R, the columns of dt.
         state_size: N, 1 to 256, the columns of B and of C.
         dt_weight, b_weight, c_weight: ``[R]``, ``[N]`` and ``[N]`` in any float dtype, the weights of the norms;
@@ -100,8 +101,8 @@ def split_dt_bc(
 
     Raises:
         ValueError: an argument has a wrong shape, size, dtype or device, or a weight comes without ``eps``.
-        RuntimeError: an input requires grad while grad mode is on, and there are norms (without, the gradients
-            of the casts are exact).
+        RuntimeError: an input requires grad while grad mode is on, and there are norms or slices (without, the
+            gradients of the casts are exact).
     """
     R, N = time_step_rank, state_size
     dt_dtype = x.dtype if dt_dtype is None else dt_dtype
@@ -114,10 +115,15 @@ def split_dt_bc(
         raise ValueError(f"{_OP}: time_step_rank is {R} but must be at least 1; pass the columns of dt")
     if not 1 <= N <= MAX_STATE_SIZE:
         raise ValueError(f"{_OP}: state_size is {N} but must be 1 to {MAX_STATE_SIZE}; pass the columns of B")
-    if x.dim() != 2 or x.shape[1] != R + 2 * N:
+    if x.dim() not in (2, 3) or x.shape[-1] != R + 2 * N:
         raise ValueError(
             f"{_OP}: x has shape {list(x.shape)} but must be [T, R + 2 N] = [T, {R + 2 * N}]; pass all of x_proj's "
             "output"
+        )
+    if x.dim() == 3 and (len(x) == 0 or x.dtype != _wide(x.dtype)):
+        raise ValueError(
+            f"{_OP}: x has shape {list(x.shape)} and dtype {x.dtype}, but slices to be added up must be at least one, "
+            "in float32 or float64; pass what skinny_linear_slices gives"
         )
     check_shape(_OP, "dt_weight", dt_weight, "[R]", (R,))
     check_shape(_OP, "b_weight", b_weight, "[N]", (N,))
@@ -128,12 +134,15 @@ def split_dt_bc(
                 raise ValueError(
                     f"{_OP}: {name} is given but eps is None, so nothing is normalised; pass eps too"
                 )
-    if eps is None and torch.is_grad_enabled() and x.requires_grad:  # casts alone, whose gradients torch has
+    if (
+        x.dim() == 2 and eps is None and torch.is_grad_enabled() and x.requires_grad
+    ):  # casts alone, whose gradients torch has
         dt, B, C = x.split([R, N, N], dim=1)
         return dt.to(dt_dtype), B.to(_wide(x.dtype)), C.to(_wide(x.dtype))
     refuse_grad(_OP, inputs)
 
-    if eps is None and x.dtype == dt_dtype == _wide(x.dtype) and x.device.type == "cpu" and not use_triton(x):
+    casts = eps is not None or x.dtype != dt_dtype or x.dtype != _wide(x.dtype)
+    if x.dim() == 2 and not casts and x.device.type == "cpu" and not use_triton(x):
         dt, B, C = x.split([R, N, N], dim=1)
         return dt, B, C
     dt, bc = torch.ops.tp_mamba.split_dt_bc(x, R, N, dt_weight, b_weight, c_weight, eps, dt_dtype)

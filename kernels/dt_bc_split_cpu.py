@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tp_mamba.kernels.rms_norm_cpu import rms_norm_cpu
+from tp_mamba.kernels.skinny_linear_reference import add_slices
 
 
 def split_dt_bc_cpu(
@@ -18,6 +19,8 @@ def split_dt_bc_cpu(
 ) -> None:
     """Same contract as ``dt_bc_split_triton.launch``."""
     R, N = dt.shape[1], bc.shape[1] // 2
+    if x.dim() == 3:
+        x = add_slices(x)
     if eps is None:
         dt.copy_(x[:, :R])
         bc.copy_(x[:, R:])

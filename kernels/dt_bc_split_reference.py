@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tp_mamba.kernels.rms_norm_reference import rms_norm_reference
+from tp_mamba.kernels.skinny_linear_reference import add_slices
 
 
 def split_dt_bc_reference(
@@ -18,7 +19,12 @@ def split_dt_bc_reference(
     eps: float | None = None,
     dt_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``dt [T, R]`` in ``dt_dtype``, ``B`` and ``C [T, N]`` in float32 (float64 for float64), of ``x [T, R + 2 N]``."""
+    """``dt [T, R]`` in ``dt_dtype``, ``B`` and ``C [T, N]`` in float32 (float64 for float64), of ``x [T, R + 2 N]``.
+
+    Of ``x [slices, T, R + 2 N]``, the sum of the slices is cut.
+    """
+    if x.dim() == 3:
+        x = add_slices(x)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     parts = x.split([time_step_rank, state_size, state_size], dim=1)
     dtypes = (dt_dtype or x.dtype, wide, wide)

@@ -1,7 +1,9 @@
-"""``x @ weight.T + bias`` by the library routine that serves the shape best: float32 on a CPU has three.
+"""``x @ weight.T + bias`` by the routine that serves the shape best.
 
-torch hands a float32 product on a CPU to its BLAS. MKL runs one row (a decoded token) on one thread and at half of
-what that thread could read, and a few rows no better. So here:
+A GPU has two: the library's, and for few rows ``skinny_linear`` where that has been measured to be faster.
+
+Float32 on a CPU has three. torch hands such a product to its BLAS; MKL runs one row (a decoded token) on one thread and
+at half of what that thread could read, and a few rows no better. So here:
 
 - one or two rows are a batch of products ``block @ column``, a block of the weight's rows each, which run side by side;
 - more rows go to oneDNN, through the operator that torch's own compiler calls (MKL without its AVX-512 code, as on
@@ -17,6 +19,8 @@ import math
 
 import torch
 import torch.nn.functional as F
+
+from tp_mamba.kernels.skinny_linear import prefers_skinny, skinny_linear
 
 _ONEDNN = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -37,6 +41,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Returns:
         ``[..., out]``, contiguous.
     """
+    if x.is_cuda and bias is None and _is_skinny(x, weight):
+        return skinny_linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
     if not _is_served(x, weight, bias):
         return F.linear(x, weight, bias)
     out_size, in_size = weight.shape
@@ -50,6 +56,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if _ONEDNN is not None and torch.backends.mkldnn.enabled:
         return _ONEDNN(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def _is_skinny(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether this is a well-formed product of few rows for our own kernel, that no gradient passes through."""
+    if x.dtype != weight.dtype or weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        return False
+    tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    (N, K), plain = weight.shape, weight.stride(1) == 1 and x.device == weight.device
+    return plain and not tracked and K > 0 and prefers_skinny(x.numel() // K, N, K, x.dtype)
 
 
 def _is_served(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

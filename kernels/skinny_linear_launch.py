@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MAX_ROWS = 64
-"""Up to here a product is bound by reading its weight."""
+MAX_ROWS = 128
+"""Up to here a product with a narrow weight is bound by reading it; one with a wide weight up to half of this."""
+
+_MOST_BLOCK_M = 64
 
 _NARROW = 1024
 """Of up to this many weight rows, row tiles alone are too few to read at the rate of the memory."""
@@ -20,9 +22,14 @@ _MULTIPROCESSORS = 132
 _ENOUGH_PROGRAMS = 120
 """Nine tenths of an H200's multiprocessors."""
 
+_PROGRAMS_AT_ONCE = 2
+"""Of a multiprocessor, for weights of more rows than all multiprocessors take in one round."""
+
 _BYTES_IN_FLIGHT = 160 * 1024
-"""What a multiprocessor may have on its way, of the 227 KiB that it has room for: an H200 takes a tenth longer for a
-wide weight with half of this."""
+"""What a multiprocessor may have on its way: an H200 takes a tenth longer for a wide weight with half of this."""
+
+_SHARED_BYTES = 224 * 1024
+"""What it has room for."""
 
 _MOST_BUFFERS = 7
 """Of a program; more have not been measured."""
@@ -31,8 +38,10 @@ _MOST_BUFFERS = 7
 class SkinnyLaunch(NamedTuple):
     """A program computes ``[BLOCK_M, BLOCK_N]`` results over ``group`` slices of K, ``BLOCK_K`` columns of each a step.
 
-    Of at most two warps: four would make Triton take the Hopper instruction of 64 rows, where another number of
-    rows, and so another tile, might be rounded differently.
+    With ``x_first`` the rows of x lie along the 16-row side of the tensor core's instruction and those of the weight
+    along its 8-column side, else the other way round: bits are the same. That lets four warps share a tile without
+    Triton taking the Hopper instruction of 64 rows, where another number of rows, and so another tile, might be
+    rounded differently. Else a program has at most two.
     """
 
     BLOCK_M: int
@@ -41,6 +50,7 @@ class SkinnyLaunch(NamedTuple):
     group: int
     num_warps: int
     num_stages: int
+    x_first: bool = False
 
 
 def slice_width(N: int, K: int) -> int:
@@ -53,20 +63,37 @@ def slice_count(N: int, K: int) -> int:
     return _ceil_div(K, slice_width(N, K))
 
 
-def fills_gpu_once(N: int) -> bool:
-    """Whether tiles of 32 of N weight rows, each over all of K, are one program a multiprocessor, or nearly so."""
-    return _ENOUGH_PROGRAMS <= _ceil_div(N, 32) <= _MULTIPROCESSORS
+def fills_gpu(N: int, times: int) -> bool:
+    """Whether tiles of 32 of N weight rows are ``times`` programs a multiprocessor, or nearly so."""
+    return _ENOUGH_PROGRAMS * times <= _ceil_div(N, 32) <= _MULTIPROCESSORS * times
+
+
+def slices_launch(M: int, N: int, K: int) -> SkinnyLaunch:
+    """The cut of a narrow weight ``[N, K]`` whose partial sums the next kernel adds up.
+
+    How many sums there are depends on the weight alone: one a slice, or from 32 slices on one for two of them.
+    """
+    group, stages = min(2, max(1, slice_count(N, K) // 16)), min(4, slice_width(N, K) // 64) + 1
+    if M <= 32:  # twice as many programs, of one warp
+        return SkinnyLaunch(_block_m(M), 16, 64, group, num_warps=1, num_stages=stages)
+    return SkinnyLaunch(_block_m(M), 32, 64, group, num_warps=2, num_stages=stages)
 
 
 def skinny_launch(M: int, N: int, K: int) -> SkinnyLaunch:
-    """The cut for ``x [M, K]``, M from 1 to 64, and ``weight [N, K]``.
+    """The cut for ``x [M, K]``, M from 1 to 128, and ``weight [N, K]``.
 
-    Of M only the class decides: up to 8, 16, 32 or 64. Programs take as many slices as leave enough programs: fewer
+    Of M only the class decides: up to 8, 16, 32 or more. Programs take as many slices as leave enough programs: fewer
     partial sums are written then, and the chains of one program hide each other's latency. One a multiprocessor is
     enough; two for narrow weights, whose reading takes no longer than a few loads, so that all of them start at once.
     """
-    block_m = max(8, _power_of_2_from(M))
+    block_m = _block_m(M)
     narrow = N <= _NARROW
+    if not narrow and block_m in (16, 32):
+        # Tiles of 64 weight rows read x half as often. They are too few for more than one program a multiprocessor,
+        # so four slices at a time are on their way.
+        programs = _ceil_div(N, 64) * _ceil_div(slice_count(N, K), 4)
+        if _ENOUGH_PROGRAMS <= programs <= _MULTIPROCESSORS and slice_count(N, K) % 4 == 0:
+            return SkinnyLaunch(block_m, 64, 64, 4, num_warps=4, num_stages=4, x_first=True)
     # Every row tile reads all of x: with more rows of x, taller tiles.
     block_n = 32 if narrow or block_m <= 32 else 64
     tiles, slices = _ceil_div(N, block_n), slice_count(N, K)
@@ -74,16 +101,21 @@ def skinny_launch(M: int, N: int, K: int) -> SkinnyLaunch:
     while group > 1 and tiles * _ceil_div(slices, group) < _ENOUGH_PROGRAMS * (2 if narrow else 1):
         group //= 2
     programs = tiles * _ceil_div(slices, group)
-    share = _BYTES_IN_FLIGHT * _MULTIPROCESSORS // max(_MULTIPROCESSORS, programs)
+    at_once = min(max(programs, _MULTIPROCESSORS), _PROGRAMS_AT_ONCE * _MULTIPROCESSORS)
+    share, room = (size * _MULTIPROCESSORS // at_once for size in (_BYTES_IN_FLIGHT, _SHARED_BYTES))
 
     def stage_bytes(block_k: int) -> int:
         return 2 * group * (block_m + block_n) * block_k
 
     buffers = min(share // stage_bytes(64), slice_width(N, K) // 64, _MOST_BUFFERS)
     # Where two long steps put as much on its way as short ones do, they need fewer instructions.
-    if not narrow and buffers * stage_bytes(64) <= 2 * stage_bytes(128) <= share:
+    if not narrow and buffers * stage_bytes(64) <= 2 * stage_bytes(128) <= room:
         return SkinnyLaunch(block_m, block_n, 128, group, num_warps=2, num_stages=3)
     return SkinnyLaunch(block_m, block_n, 64, group, num_warps=2, num_stages=max(2, buffers) + 1)
+
+
+def _block_m(M: int) -> int:
+    return min(_MOST_BLOCK_M, max(8, _power_of_2_from(M)))
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -1,11 +1,10 @@
 """Triton kernels of ``x @ weight.T`` for few rows of x: the time is that of reading ``weight`` once.
 
 The weight's rows lie along the 16-row side of the tensor core's instruction and the rows of x along its 8-column
-side. Tiles of both are on their way to shared memory while earlier ones are multiplied. How K is cut, and why no bit
-depends on the cut, is told in ``skinny_linear_launch``.
+side, or the other way round. Tiles of both are on their way to shared memory while earlier ones are multiplied. How K
+is cut, and why no bit depends on the cut, is told in ``skinny_linear_launch``.
 
-On Hopper the kernels start before the kernel ahead of them has ended (``dependent_launch_triton``), and the product
-has its first weights brought into L2 meanwhile.
+On Hopper the kernels start before the kernel ahead of them has ended (``dependent_launch_triton``).
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment"
@@ -19,13 +18,9 @@ import triton.language as tl
 from tp_mamba.kernels.dependent_launch_triton import (
     early_start,
     let_next_start,
-    prefetch,
     wait_for_kernel_ahead,
 )
 from tp_mamba.kernels.skinny_linear_launch import SkinnyLaunch, skinny_launch, slice_count, slice_width
-
-_AHEAD = 256
-"""Columns of each slice that are asked for before the kernel ahead has ended."""
 
 _SUM_BLOCK = 128
 
@@ -41,16 +36,16 @@ def _tree_of(sums, FIRST: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _tree_at(ptr, stride, mask, FIRST: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
+def tree_at(ptr, stride, mask, FIRST: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
     """The same for tiles in memory, ``stride`` apart, of which there are ``COUNT``."""
     if SIZE == 1:
         total = tl.load(ptr + FIRST * stride, mask=mask, other=0.0)
     elif FIRST + SIZE // 2 < COUNT:
-        total = _tree_at(ptr, stride, mask, FIRST, SIZE // 2, COUNT) + _tree_at(
+        total = tree_at(ptr, stride, mask, FIRST, SIZE // 2, COUNT) + tree_at(
             ptr, stride, mask, FIRST + SIZE // 2, SIZE // 2, COUNT
         )
     else:
-        total = _tree_at(ptr, stride, mask, FIRST, SIZE // 2, COUNT)
+        total = tree_at(ptr, stride, mask, FIRST, SIZE // 2, COUNT)
     return total
 
 
@@ -63,33 +58,27 @@ def _product_kernel(
     x_stride_m,
     # A model has one of each: as constants they fold into the loads.
     weight_stride_n: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    X_FIRST: tl.constexpr,
 ):  # fmt: skip
     first_n = tl.program_id(0).to(tl.int64) * BLOCK_N
     group = tl.program_id(1).to(tl.int64)
     first_k = group * (GROUP * SLICE)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
-    m = tl.arange(0, BLOCK_M).to(tl.int64)
+    m = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     n_mask = (first_n + n < N)[:, None]
     m_mask = (m < M)[None, :]
 
-    let_next_start(PDL)
-    if PDL:
-        # Beyond the edges the last row and column are asked for again.
-        line = tl.arange(0, AHEAD // 64) * 64
-        row = weight_ptr + tl.minimum(first_n + n, N - 1)[:, None] * weight_stride_n
-        for g in tl.static_range(GROUP):
-            prefetch(row + tl.minimum(first_k + g * SLICE + line, K - 1)[None, :])
-    wait_for_kernel_ahead(PDL)
-
     weight_tile = weight_ptr + first_n * weight_stride_n + first_k + n[:, None] * weight_stride_n + k[None, :]
     x_tile = x_ptr + first_k + m[None, :] * x_stride_m + k[:, None]
+    let_next_start(PDL)
+    wait_for_kernel_ahead(PDL)
     sums = ()
     for _ in tl.static_range(GROUP):
-        sums += (tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32),)
+        sums += (tl.full([BLOCK_M, BLOCK_N] if X_FIRST else [BLOCK_N, BLOCK_M], 0.0, tl.float32),)
     for i in range(0, SLICE, BLOCK_K):
         new_sums = ()
         for g in tl.static_range(GROUP):
@@ -102,9 +91,14 @@ def _product_kernel(
                 x_mask = x_mask & k_mask[:, None]
             weight = tl.load(weight_tile + at, mask=weight_mask, other=0.0)
             x = tl.load(x_tile + at, mask=x_mask, other=0.0)
-            new_sums += (tl.dot(weight, x, sums[g]),)
+            if X_FIRST:
+                new_sums += (tl.dot(x.trans(), weight.trans(), sums[g]),)
+            else:
+                new_sums += (tl.dot(weight, x, sums[g]),)
         sums = new_sums
     total = _tree_of(sums, 0, GROUP)
+    if X_FIRST:
+        total = total.trans()
     tl.store(
         out_ptr + (group * M + m[None, :]) * N + first_n + n[:, None],
         total.to(out_ptr.dtype.element_ty),
@@ -125,7 +119,7 @@ def _sum_kernel(
     wait_for_kernel_ahead(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
-    total = _tree_at(sums_ptr + at, size.to(tl.int64), mask, 0, SIZE, COUNT)
+    total = tree_at(sums_ptr + at, size.to(tl.int64), mask, 0, SIZE, COUNT)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -145,19 +139,33 @@ def launch(
     if out.numel() == 0:
         return
     cut = skinny_launch(M, N, K) if cut is None else cut
-    options = early_start(x.device)
     groups = triton.cdiv(slice_count(N, K), cut.group)
-    sums = out if groups == 1 else x.new_empty(groups, M, N, dtype=torch.float32)
-    width = slice_width(N, K)
+    if groups == 1:
+        launch_product(out[None], x, weight, cut)
+        return
+    sums = x.new_empty(groups, M, N, dtype=torch.float32)
+    launch_product(sums, x, weight, cut)
     with torch.cuda.device_of(x):
-        _product_kernel[(triton.cdiv(N, cut.BLOCK_N), groups)](
+        _sum_kernel[(triton.cdiv(M * N, _SUM_BLOCK),)](
+            out,
+            sums,
+            M * N,
+            groups,
+            triton.next_power_of_2(groups),
+            BLOCK=_SUM_BLOCK,
+            **early_start(x.device),
+        )
+
+
+def launch_product(sums: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, cut: SkinnyLaunch) -> None:
+    """Write to ``sums [groups, M, N]``, contiguous, the product over each group of ``cut.group`` slices of K."""
+    groups, M, N = sums.shape
+    K, width = x.shape[1], slice_width(N, x.shape[1])
+    with torch.cuda.device_of(x):
+        _product_kernel[(triton.cdiv(N, cut.BLOCK_N), groups, triton.cdiv(M, cut.BLOCK_M))](
             sums, x, weight, M,
             # The stride of a single row says nothing: it must not compile a kernel of its own.
-            K if M == 1 else x.stride(0), K if N == 1 else weight.stride(0), N, K, width, cut.group, min(_AHEAD, width),
-            BLOCK_M=cut.BLOCK_M, BLOCK_N=cut.BLOCK_N, BLOCK_K=cut.BLOCK_K,
-            num_warps=cut.num_warps, num_stages=cut.num_stages, **options,
+            K if M == 1 else x.stride(0), K if N == 1 else weight.stride(0), N, K, width, cut.group,
+            BLOCK_M=cut.BLOCK_M, BLOCK_N=cut.BLOCK_N, BLOCK_K=cut.BLOCK_K, X_FIRST=cut.x_first,
+            num_warps=cut.num_warps, num_stages=cut.num_stages, **early_start(x.device),
         )  # fmt: skip
-        if groups > 1:
-            _sum_kernel[(triton.cdiv(M * N, _SUM_BLOCK),)](
-                out, sums, M * N, groups, triton.next_power_of_2(groups), BLOCK=_SUM_BLOCK, **options
-            )

@@ -25,13 +25,13 @@ TRITON_MODULES = (
     "tp_mamba.kernels.dependent_launch_triton",
     "tp_mamba.kernels.approx_triton",
     "tp_mamba.kernels.ssm_token_triton",
-    "tp_mamba.kernels.selective_scan_rows_triton",
     "tp_mamba.kernels.selective_scan_tiles_triton",
     "tp_mamba.kernels.linear_softplus_triton",
     "tp_mamba.kernels.selective_scan_triton",
     "tp_mamba.kernels.skinny_linear_triton",
     "tp_mamba.kernels.selective_state_update_rows_triton",
     "tp_mamba.kernels.selective_state_update_triton",
+    "tp_mamba.kernels.dt_proj_state_update_triton",
 )
 
 
@@ -43,6 +43,7 @@ def triton_device(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """
     if name == "cuda":
         return torch.device("cuda")
+    importlib.import_module("triton.language")  # its own functions are for the compiler, whatever comes first
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     repair()
     for module in TRITON_MODULES:

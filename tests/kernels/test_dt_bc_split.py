@@ -15,6 +15,7 @@ from kernel_testing import Launches, assert_within_twice, double, specialization
 
 from tp_mamba.kernels.dt_bc_split import split_dt_bc
 from tp_mamba.kernels.dt_bc_split_reference import split_dt_bc_reference
+from tp_mamba.kernels.skinny_linear_reference import add_slices
 
 EVERYWHERE = [CPU, INTERPRETER, CUDA]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -121,13 +122,92 @@ def test_any_strides(where: str) -> None:
 
 def check_no_tokens(device: str) -> None:
     for eps in (None, EPS):
-        dt, B, C = split_dt_bc(torch.empty(0, 14, device=device), 4, 5, eps=eps, dt_dtype=torch.bfloat16)
-        assert (dt.shape, B.shape, C.shape) == ((0, 4), (0, 5), (0, 5))
+        for shape in ((0, 14), (3, 0, 14)):
+            x = torch.empty(shape, device=device)
+            dt, B, C = split_dt_bc(x, 4, 5, eps=eps, dt_dtype=torch.bfloat16)
+            assert (dt.shape, B.shape, C.shape) == ((0, 4), (0, 5), (0, 5))
 
 
 @pytest.mark.parametrize("where", EVERYWHERE)
 def test_no_tokens(where: str) -> None:
     run_on(where, check_no_tokens)
+
+
+def in_slices(inputs: dict[str, Any], count: int) -> dict[str, Any]:
+    """The same call with x as ``count`` slices, of rows of very different size too."""
+    g = torch.Generator().manual_seed(count)
+    slices = torch.randn(count, *inputs["x"].shape, generator=g, dtype=inputs["x"].dtype)
+    return inputs | {"x": slices * inputs["x"].abs().amax(dim=1, keepdim=True)}
+
+
+def check_slices(device: str) -> None:
+    """As good as the reference, and the call of the added slices: to the bit, but for sums of squares on a GPU.
+
+    (There a program takes one row of slices but several rows of x, and a row's columns lie on other threads.)
+    """
+    for T, R, N, count in [(31, 256, 16, 16), (30, 48, 16, 1), (30, 48, 16, 2), (40, 33, 5, 5)]:
+        for eps in (None, EPS):
+            inputs = make(T, R, N, weighted=eps is not None) | {"eps": eps, "dt_dtype": torch.bfloat16}
+            inputs = in_slices(inputs, count)
+            actual = check(inputs, device)
+            added = split_dt_bc(**to(inputs | {"x": add_slices(inputs["x"])}, torch.device(device)))
+            for got, right in zip(actual, added, strict=True):
+                if eps is None or device == "cpu":
+                    assert torch.equal(got, right), (T, R, N, count, eps)
+                else:
+                    torch.testing.assert_close(got, right, rtol=4 * torch.finfo(got.dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_slices_are_added_first(where: str) -> None:
+    run_on(where, check_slices)
+
+
+def check_tree(device: str) -> None:
+    """``2^25 + 1`` is ``2^25`` in float32: one slice after the other would end in 1, pairs of another distance in 4."""
+    slices = torch.tensor([2.0**25, 1.0, -(2.0**25), 1.0, 2.0**25, 1.0, -(2.0**25), 1.0, 3.0], device=device)
+    for count, total in ((8, 0.0), (9, 3.0)):
+        for part in split_dt_bc(slices[:count, None, None].expand(count, 3, 14), 4, 5):
+            assert torch.equal(part.cpu(), torch.full(part.shape, total))
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_slices_are_added_in_a_binary_tree(where: str) -> None:
+    run_on(where, check_tree)
+
+
+def check_slices_of_any_strides(device: str) -> None:
+    plain = in_slices(make(30, 27, 5) | {"eps": EPS}, 3)
+    expected = check(plain, device)
+    wide = torch.zeros(6, 60, 50)
+    wide[::2, ::2, 5:42] = plain["x"]
+    for x in (
+        wide[::2, ::2, 5:42],
+        plain["x"].mT.contiguous().mT,
+        plain["x"].transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        actual = check(plain | {"x": x}, device)
+        assert all(torch.equal(got, right) for got, right in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("where", EVERYWHERE)
+def test_slices_of_any_strides(where: str) -> None:
+    run_on(where, check_slices_of_any_strides)
+
+
+def check_rows_of_slices_alone(device: str) -> None:
+    inputs = in_slices(make(19, 48, 16, weighted=True) | {"eps": EPS}, 6)
+    inputs = to(inputs, torch.device(device))
+    whole = split_dt_bc(**inputs)
+    for row in (0, 7, 18):
+        alone = split_dt_bc(**inputs | {"x": inputs["x"][:, row : row + 1]})
+        for one, all_rows in zip(alone, whole, strict=True):
+            assert torch.equal(one[0], all_rows[row])
+
+
+@pytest.mark.parametrize("where", [INTERPRETER, CUDA])
+def test_row_of_slices_does_not_depend_on_its_batch(where: str) -> None:
+    run_on(where, check_rows_of_slices_alone)
 
 
 def check_rows_alone(device: str) -> None:
@@ -159,9 +239,9 @@ def test_more_than_2_31_elements(where: str) -> None:
 
 
 def check_no_views(device: str) -> None:
-    x = torch.randn(3, 14, device=device)
-    for part in split_dt_bc(x, 4, 5):
-        assert part.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    for x in (torch.randn(3, 14, device=device), torch.randn(1, 3, 14, device=device)):
+        for part in split_dt_bc(x, 4, 5):
+            assert part.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("where", [INTERPRETER, CUDA])
@@ -170,10 +250,11 @@ def test_the_kernel_never_returns_views(where: str) -> None:
 
 
 def test_float64() -> None:
-    inputs = double(make(4, 9, 3, weighted=True)) | {"eps": EPS}
-    for got, exact in zip(split_dt_bc(**inputs), split_dt_bc_reference(**inputs), strict=True):
-        assert got.dtype == torch.float64
-        torch.testing.assert_close(got, exact, rtol=1e-13, atol=0)
+    plain = double(make(4, 9, 3, weighted=True)) | {"eps": EPS}
+    for inputs in (plain, in_slices(plain, 5)):
+        for got, exact in zip(split_dt_bc(**inputs), split_dt_bc_reference(**inputs), strict=True):
+            assert got.dtype == torch.float64
+            torch.testing.assert_close(got, exact, rtol=1e-13, atol=0)
 
 
 def test_on_a_cpu_float32_is_not_copied() -> None:
@@ -182,8 +263,8 @@ def test_on_a_cpu_float32_is_not_copied() -> None:
     for part, start in zip(split_dt_bc(x, 4, 5), (0, 4, 9), strict=True):
         assert part.data_ptr() == x[:, start:].data_ptr()
     storage = x.untyped_storage().data_ptr()
-    for options in ({"eps": EPS}, {"dt_dtype": torch.bfloat16}):
-        for part in split_dt_bc(x, 4, 5, **options):
+    for of, options in ((x, {"eps": EPS}), (x, {"dt_dtype": torch.bfloat16}), (x[None], {})):
+        for part in split_dt_bc(of, 4, 5, **options):
             assert part.untyped_storage().data_ptr() != storage
 
 
@@ -191,7 +272,8 @@ def test_compiled_and_opcheck() -> None:
     inputs = make(3, 8, 4, weighted=True)
     weights = [inputs[name] for name in ("dt_weight", "b_weight", "c_weight")]
     for arguments in ((*weights, EPS, torch.bfloat16), (None, None, None, None, torch.float32)):
-        torch.library.opcheck(torch.ops.tp_mamba.split_dt_bc.default, (inputs["x"], 8, 4, *arguments))
+        for x in (inputs["x"], in_slices(inputs, 5)["x"]):
+            torch.library.opcheck(torch.ops.tp_mamba.split_dt_bc.default, (x, 8, 4, *arguments))
     for options in ({"eps": EPS}, {}, {"dt_dtype": torch.bfloat16}):
 
         def total(x: torch.Tensor, options: dict[str, Any] = options) -> torch.Tensor:
@@ -199,7 +281,8 @@ def test_compiled_and_opcheck() -> None:
             return dt.float().sum(-1) + (B * C).sum(-1)
 
         compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(inputs["x"]), total(inputs["x"]))
+        for x in (inputs["x"], in_slices(inputs, 5)["x"]):
+            torch.testing.assert_close(compiled(x), total(x))
 
 
 def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any]) -> tuple[Any, Any]:
@@ -224,14 +307,25 @@ def test_one_compilation_for_all_token_counts(monkeypatch: pytest.MonkeyPatch) -
         specialization(*record(monkeypatch, make(1, 48, 16) | {"eps": EPS, "x": torch.randn(80, 1).t()}))
     )
     assert len(keys) == 1
+    of_slices = {
+        specialization(*record(monkeypatch, in_slices(make(T, 48, 16) | {"eps": EPS}, 5)))
+        for T in (1, 2, 16, 33, 128)
+    }
+    assert len(of_slices) == 1
 
 
-@pytest.mark.parametrize(("R", "N"), [(256, 16), (48, 16), (512, 16), (513, 255)])
+@pytest.mark.parametrize(
+    ("R", "N", "count"),
+    [(256, 16, 0), (48, 16, 0), (512, 16, 0), (513, 255, 0), (256, 16, 16), (256, 16, 32), (48, 16, 5)],
+)
 def test_compiles_for_hopper_without_spills(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, R: int, N: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, R: int, N: int, count: int
 ) -> None:
+    """Of x itself, and of slices, all of which are on their way at once: no loop goes over them."""
     inputs = make(2, R, N, weighted=True) | {"eps": EPS, "dt_dtype": torch.bfloat16}
-    kernel, (_, options) = record(monkeypatch, inputs)
+    kernel, (arguments, options) = record(monkeypatch, in_slices(inputs, count) if count else inputs)
+    recorded = dict(zip(kernel.arg_names, arguments, strict=False))
+    assert (recorded["COUNT"], recorded["SIZE"]) == {0: (1, 1), 5: (5, 8)}.get(count, (count, count))
     pointers = {"dt_ptr": "*bf16", "bc_ptr": "*fp32", "x_ptr": "*fp32"}
     pointers |= {"dt_weight_ptr": "*bf16", "b_weight_ptr": "*fp32", "c_weight_ptr": "*fp32"}
     warps = options.pop("num_warps")
@@ -239,13 +333,15 @@ def test_compiles_for_hopper_without_spills(
     ptx, local = compile_for_h100(
         kernel,
         pointers | {"T": "i32", "eps": "fp32", "x_stride_t": "i64"},
-        options | {"R": R, "N": N, "x_stride_c": 1},
+        options | {name: recorded[name] for name in ("R", "N", "x_stride_c", "COUNT", "SIZE")},
         aligned,
         warps,
         tmp_path,
     )
     assert local == 0
-    if R % 2 == 0:
+    if count:
+        assert ptx.count("ld.global") >= 2 * count
+    elif R % 2 == 0:
         assert "ld.global.v4.b32" in ptx
         assert "st.global.v4.b32" in ptx
 
@@ -254,6 +350,9 @@ def test_compiles_for_hopper_without_spills(
     ("change", "message"),
     [
         ({"x": torch.zeros(16)}, "x has shape [16] but must be [T, R + 2 N] = [T, 16]"),
+        ({"x": torch.zeros(4, 2, 15)}, "x has shape [4, 2, 15] but must be"),
+        ({"x": torch.zeros(0, 2, 16)}, "slices to be added up must be at least one"),
+        ({"x": torch.zeros(3, 2, 16).half()}, "slices to be added up must be at least one, in float32"),
         ({"x": torch.zeros(2, 15)}, "x has shape [2, 15] but must be"),
         ({"x": torch.zeros(2, 16, dtype=torch.int32)}, "dt_dtype is torch.int32"),
         ({"x": torch.zeros(2, 16, dtype=torch.int32), "dt_dtype": torch.float32}, "x has dtype torch.int32"),
@@ -280,6 +379,8 @@ def test_no_gradient_is_cut_silently() -> None:
     x = torch.randn(2, 16, requires_grad=True)
     with pytest.raises(RuntimeError, match="split_dt_bc: x requires grad but this op has no backward"):
         split_dt_bc(x, 8, 4, eps=EPS)
+    with pytest.raises(RuntimeError, match="split_dt_bc: x requires grad but this op has no backward"):
+        split_dt_bc(x[None], 8, 4)
     for part, width in zip(
         split_dt_bc(x, 8, 4), (8, 4, 4), strict=True
     ):  # without norms: gradients of the casts

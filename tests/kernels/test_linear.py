@@ -1,4 +1,6 @@
-"""The choice of a library routine for ``x @ weight.T``: same values as torch's linear layer, whichever serves."""
+"""The choice of a routine for ``x @ weight.T``: same values as torch's linear layer, whichever serves."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from kernel_testing import assert_within_twice
 
 from tp_mamba.kernels import linear as linear_module
 from tp_mamba.kernels.linear import linear
+from tp_mamba.kernels.skinny_linear import prefers_skinny, skinny_linear
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +109,12 @@ def test_other_dtypes_are_torchs_own(dtype: torch.dtype) -> None:
     assert torch.equal(linear(x, weight), F.linear(x, weight))
 
 
+def test_a_cpu_takes_no_kernel_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "skinny_linear", None)  # any use of it fails
+    x, weight = make(3, 2048).bfloat16(), make(24, 2048).bfloat16()
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
 @pytest.mark.parametrize("rows", [1, 2, 9])
 def test_strided_operands(rows: int) -> None:
     """x cut out of wider rows and with gaps between its columns, a weight with gaps that lies transposed."""
@@ -136,3 +145,102 @@ def test_compiles_without_a_graph_break(rows: int) -> None:
     x, weight = make(rows, 64), make(32, 64)
     compiled = torch.compile(linear, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x, weight), linear(x, weight))
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a call on a GPU would take, noted; it is computed here."""
+    names: list[str] = []
+
+    def noted(name: str, function: Any) -> Any:
+        return lambda *args: names.append(name) or function(*args)
+
+    for name, value in (("is_cuda", True), ("is_cpu", False)):
+        monkeypatch.setattr(torch.Tensor, name, value)
+    monkeypatch.setattr("tp_mamba.kernels.skinny_linear.use_triton", lambda x: False)
+    monkeypatch.setattr(linear_module, "skinny_linear", noted("skinny_linear", skinny_linear))
+    monkeypatch.setattr(linear_module.F, "linear", noted("linear", F.linear))
+    return names
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [(), (1,), (7,), (2, 0, 3), (2, 3, 5), (128,), (129,)])
+def test_a_gpu_takes_the_kernel_for_few_rows(
+    rows: tuple[int, ...], dtype: torch.dtype, called: list[str]
+) -> None:
+    """Where that is preferred, of x of any rank and any strides: always the shape that torch gives."""
+    x, weight = make(*rows, 2048).to(dtype), (make(24, 2048) / 45).to(dtype)
+    exact = F.linear(x.double(), weight.double())
+    kernel = prefers_skinny(x.numel() // 2048, 24, 2048, dtype)
+    assert kernel == (x.numel() // 2048 in range(1, 129))
+    for each in (x, make(*rows, 4096).to(dtype)[..., 5:2053].copy_(x), x.mT.contiguous().mT if rows else x):
+        called.clear()
+        y = linear(each, weight)
+        assert called[0] == ("skinny_linear" if kernel else "linear")
+        assert y.shape == exact.shape
+        assert y.dtype == dtype
+        assert y.is_contiguous()
+        torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": torch.float32},
+        {"dtype": torch.float64},
+        {"columns": 1024},
+        {"bias": True},
+        {"x_grad": True},
+        {"weight_grad": True},
+        {"transposed": True},
+    ],
+    ids=str,
+)
+def test_a_gpu_takes_the_librarys_product_otherwise(changes: dict[str, Any], called: list[str]) -> None:
+    dtype, columns = changes.get("dtype", torch.bfloat16), changes.get("columns", 2048)
+    x, weight, bias = (tensor.to(dtype) for tensor in (make(3, columns), make(24, columns), make(24)))
+    weight = weight.t().contiguous().t() if "transposed" in changes else weight
+    x.requires_grad_("x_grad" in changes)
+    weight.requires_grad_("weight_grad" in changes)
+    expected = torch.nn.functional.linear(x, weight, bias if "bias" in changes else None)
+    called.clear()
+    y = linear(x, weight, bias if "bias" in changes else None)
+    assert called == ["linear"]
+    assert torch.equal(y, expected)
+    assert y.requires_grad == expected.requires_grad
+
+
+def test_frozen_weights_and_no_grad_take_the_kernel_on_a_gpu(called: list[str]) -> None:
+    x, weight = make(3, 2048).bfloat16().requires_grad_(), make(24, 2048).bfloat16().requires_grad_()
+    with torch.no_grad():
+        linear(x, weight)
+    linear(x.detach(), weight.detach())
+    assert called.count("skinny_linear") == 2
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        ((4, 2048), (24, 4096), "shapes"),
+        ((3, 2048), (4, 24, 2048), "<= 2"),
+        ((3, 0), (24, 2048), "shapes"),
+    ],
+)
+def test_errors_are_torchs_own_on_a_gpu(
+    x: tuple[int, ...], weight: tuple[int, ...], message: str, called: list[str]
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        linear(make(*x).bfloat16(), make(*weight).bfloat16())
+    assert called == ["linear"]
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(make(3, 2048).half(), make(24, 2048).bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [(1,), (2, 4), (128,), (129,)])
+def test_compiles_without_a_graph_break_on_a_gpu(rows: tuple[int, ...]) -> None:
+    x, weight = (tensor.bfloat16().cuda() for tensor in (make(*rows, 2048), make(24, 2048)))
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, weight), linear(x, weight))
+    if rows != (129,):
+        assert torch.equal(linear(x, weight).view(-1, 24), skinny_linear(x.view(-1, 2048), weight))
