@@ -1,13 +1,12 @@
-"""The selective scan where a warp has few others beside it: few sequences, in a mixer's layout.
+"""The selective scan for the layout that a mixer has: channels contiguous, B and C one group, N a power of two.
 
 One warp runs one (sequence, block of channels); ``LANES`` threads share a channel, each with ``N / LANES`` of its
 states in registers. What is needed once a (token, channel) and not once a state (conversion, softplus, gate, skip,
-loads and the store) is done on tiles of ``STEPS`` tokens in which every thread holds other elements, so that no
-thread repeats another's work. Between a tile and the recurrence lie five changes of layout, each one trip through
-shared memory within a warp: delta, delta * u, B, C, and the output.
+loads and the store) is done on tiles of ``STEPS`` tokens in which threads hold different elements. Between a tile and
+the recurrence lie changes of layout, each a trip through shared memory within a warp.
 
-A tile is a few registers a thread, so the next one is loaded before the present one is used: up to 16 tokens ahead,
-without which a wait for memory would be hidden by nothing.
+Where a scheduler has one or two warps, nothing hides a wait for memory but distance: the next two groups' tiles are on
+their way into shared memory while one is computed. The recurrence reads them from there in the layout that it needs.
 
 Bits are those of ``selective_scan_triton``: the sum over states is cut and added in one order everywhere.
 """
@@ -24,6 +23,9 @@ import triton.language as tl
 
 from tp_mamba.kernels.approx_triton import LOG2_E, silu, softplus
 from tp_mamba.kernels.ssm_token_triton import first_saved_row, jit_by_type, recur
+
+GROUPS_IN_FLIGHT = tl.constexpr(3)
+"""Of tokens: the present one and those that are being loaded."""
 
 
 @triton.jit
@@ -118,7 +120,7 @@ def _group(
         )  # fmt: skip
         # A reduction over lanes exchanges the halves first: the order in which ``recur`` adds within a thread.
         ys = ys + (tl.reduce(y, 0, _add),)
-    y = tl.trans(_stack(ys, STEPS))
+    y = _computed_once(tl.trans(_stack(ys, STEPS)), STEPS, BLOCK_D)
     if HAS_D:
         y = tl.fma(u, tl.broadcast_to(skip, [STEPS, BLOCK_D]), y)
     if HAS_Z:
@@ -249,41 +251,28 @@ def selective_scan_tiles_kernel(
         every = tl.minimum(save_every, steps).to(tl.int32)
         due_in = every * 0
 
-    # Whole groups of STEPS tokens, the next group's tiles loaded before this one's are used; then what is left.
+    # Whole groups of STEPS tokens, then what is left. The compiler turns the loads into copies to shared memory, under
+    # way while the groups before are computed: they hold no register, and no other wait becomes a wait for them.
     groups = steps // STEPS
-    any_group = groups > 0
-    u_ahead = _load(u_ptr + u_tile, inside & any_group, False)
-    delta_ahead = _load(delta_ptr + delta_tile, inside & any_group, False)
-    z_ahead = u_ahead
-    if HAS_Z:
-        z_ahead = _load(z_ptr + z_tile, inside & any_group, False)
-    b_ahead = _load(B_ptr + B_tile, any_group, False)
-    c_ahead = _load(C_ptr + C_tile, any_group, False)
-    for g in range(groups):
+    for _ in tl.range(groups, num_stages=GROUPS_IN_FLIGHT):
         if HAS_SAVED:
             if due_in == 0:
                 _save(saved_ptr, h, d, lane, inside, channels, LANES, PER_LANE)
                 saved_ptr += channels.to(tl.int64) * N
                 due_in = every
             due_in -= STEPS
-        u = u_ahead
-        delta = delta_ahead
-        z = z_ahead
-        b = b_ahead
-        c = c_ahead
-        # The last group loads itself once more: cheaper than masks, whose loads have to be zeroed first.
-        step = (g + 1 < groups).to(tl.int64) * STEPS
-        u_ptr = tl.multiple_of(u_ptr + step * u_stride_t, BYTES)
-        delta_ptr = tl.multiple_of(delta_ptr + step * delta_stride_t, BYTES)
-        B_ptr = tl.multiple_of(B_ptr + step * B_stride_t, BYTES)
-        C_ptr = tl.multiple_of(C_ptr + step * C_stride_t, BYTES)
-        u_ahead = _load(u_ptr + u_tile, inside, EVEN_D)
-        delta_ahead = _load(delta_ptr + delta_tile, inside, EVEN_D)
+        u = _load(u_ptr + u_tile, inside, EVEN_D)
+        delta = _load(delta_ptr + delta_tile, inside, EVEN_D)
+        z = u
         if HAS_Z:
-            z_ptr = tl.multiple_of(z_ptr + step * z_stride_t, BYTES)
-            z_ahead = _load(z_ptr + z_tile, inside, EVEN_D)
-        b_ahead = _load(B_ptr + B_tile, any_group, True)
-        c_ahead = _load(C_ptr + C_tile, any_group, True)
+            z = _load(z_ptr + z_tile, inside, EVEN_D)
+            z_ptr = tl.multiple_of(z_ptr + STEPS * z_stride_t, BYTES)
+        b = _load(B_ptr + B_tile, True, True)
+        c = _load(C_ptr + C_tile, True, True)
+        u_ptr = tl.multiple_of(u_ptr + STEPS * u_stride_t, BYTES)
+        delta_ptr = tl.multiple_of(delta_ptr + STEPS * delta_stride_t, BYTES)
+        B_ptr = tl.multiple_of(B_ptr + STEPS * B_stride_t, BYTES)
+        C_ptr = tl.multiple_of(C_ptr + STEPS * C_stride_t, BYTES)
         h, y = _group(
             h, a, skip, bias, u, delta, z, b, c, inside,
             False, STEPS, LANES, PER_LANE, BLOCK_D, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
@@ -295,17 +284,11 @@ def selective_scan_tiles_kernel(
         if HAS_SAVED:  # noqa: SIM102 - due_in exists only then
             if due_in == 0:
                 _save(saved_ptr, h, d, lane, inside, channels, LANES, PER_LANE)
-        step = any_group.to(tl.int64) * STEPS
         valid = t < left
-        u_ptr = tl.multiple_of(u_ptr + step * u_stride_t, BYTES)
-        delta_ptr = tl.multiple_of(delta_ptr + step * delta_stride_t, BYTES)
-        B_ptr = tl.multiple_of(B_ptr + step * B_stride_t, BYTES)
-        C_ptr = tl.multiple_of(C_ptr + step * C_stride_t, BYTES)
         u = _load(u_ptr + u_tile, inside & valid, False)
         delta = _load(delta_ptr + delta_tile, inside & valid, False)
         z = u
         if HAS_Z:
-            z_ptr = tl.multiple_of(z_ptr + step * z_stride_t, BYTES)
             z = _load(z_ptr + z_tile, inside & valid, False)
         b = _load(B_ptr + B_tile, valid, False)
         c = _load(C_ptr + C_tile, valid, False)

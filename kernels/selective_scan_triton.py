@@ -1,9 +1,9 @@
-"""The selective scan in Triton: the choice between three kernels, and the general one.
+"""The selective scan in Triton: the choice between two kernels, and the general one.
 
-``selective_scan_rows_triton`` and, for few sequences, ``selective_scan_tiles_triton`` serve what a mixer passes. The
-kernel here takes all else: any strides, groups, state sizes that are no power of two or above 32. Their arithmetic
-and its order are the same (``ssm_token_triton``), so a token's bits depend on its inputs and the state before it, not
-on the kernel, the launch, the batch or the cut that led to it.
+``selective_scan_tiles_triton`` serves what a mixer passes. The kernel here takes all else: any strides, groups, state
+sizes that are no power of two or above 32. Their arithmetic and its order are the same (``ssm_token_triton``), so a
+token's bits depend on its inputs and the state before it, not on the kernel, the launch, the batch or the cut that led
+to it.
 
 One program runs one (sequence, block of channels) from its first token to its last with the state in registers.
 Sequence lengths are read on the device, so one launch serves any mix of lengths and the host never waits.
@@ -19,18 +19,18 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.approx_triton import LOG2_E
-from tp_mamba.kernels.selective_scan_rows_triton import selective_scan_rows_kernel
 from tp_mamba.kernels.selective_scan_tiles_triton import selective_scan_tiles_kernel
 from tp_mamba.kernels.ssm_token_triton import BLOCK_D, first_saved_row, jit_by_type, launch_shape, ssm_token
 
 STEPS = 4
 """Tokens whose loads are in flight while the four before them are computed."""
-_MULTIPROCESSORS = 132
-"""Of an H100 or H200."""
-_TILES = ((4, 16, 10), (4, 8, 16), (8, 8, 10), (8, 4, 16))
-"""Launches of the kernel for tiles: states a lane, tokens a group, warps that a multiprocessor's registers hold."""
-ROW_STATE_SIZES = (4, 8, 16, 32)
-"""State sizes of the kernels for a mixer's layout: whole loads of four states, and at most 16 states a thread."""
+_SCHEDULERS = 4 * 132
+"""Of warps, on an H100 or H200."""
+_TILES = ((4, 16, 1), (8, 16, 3), (16, 4, None))
+"""Launches of the kernel for tiles: states a lane, tokens a group, and up to how many warps a scheduler."""
+_TILES_OF_32_STATES = ((8, 4, None),)
+TILE_STATE_SIZES = (4, 8, 16, 32)
+"""State sizes of the kernel for tiles: whole loads of four states, and at most 16 states a thread."""
 
 
 @triton.jit
@@ -275,17 +275,16 @@ def selective_scan_triton(
         *((0, 0, 0) if ssm_states is None else ssm_states.stride()),
     )  # fmt: skip
     with torch.cuda.device_of(u):
-        if token_major and groups == 1 and n in ROW_STATE_SIZES and _in_fours(B, C):
-            kernel, shape = mixer_launch(sequences, channels, n)
-            if kernel is selective_scan_tiles_kernel:
-                shape["ALIGNED"] = _aligned(16, *(x for x in (u, delta, z, out, B, C) if x is not None))
-            if saved_states is not None:  # the kernels look for a state that is due once a group
+        if token_major and groups == 1 and n in TILE_STATE_SIZES and _in_fours(B, C):
+            shape = tiles_launch(sequences, channels, n, delta_softplus)
+            if saved_states is not None:  # the kernel looks for a state that is due once a group
                 shape["STEPS"] = math.gcd(shape["STEPS"], save_states_every)
-            kernel[sequences, triton.cdiv(channels, shape["BLOCK_D"] * shape.get("BLOCKS", 1))](
+            selective_scan_tiles_kernel[sequences, triton.cdiv(channels, shape["BLOCK_D"])](
                 *tensors, length, channels, pad_slot_id,
                 *(stride[0] for stride in strides), *A.stride(), B_strides[0], C_strides[0], *vector_strides,
                 save_states_every,
                 *(stride[1] for stride in strides), B_strides[1], C_strides[1],
+                ALIGNED=_aligned(16, *(x for x in (u, delta, z, out, B, C) if x is not None)),
                 **shape, **options,
             )  # fmt: skip
         else:
@@ -311,21 +310,22 @@ def _in_fours(*tensors: torch.Tensor) -> bool:
     return all(_aligned(4 * x.element_size(), x) for x in tensors)
 
 
-def mixer_launch(sequences: int, channels: int, n: int) -> tuple[Any, dict[str, Any]]:
-    """The kernel for a mixer's layout, and its launch. Results do not depend on the choice.
+def tiles_launch(sequences: int, channels: int, n: int, softplus: bool) -> dict[str, Any]:
+    """The launch of the kernel for tiles: its constants and options. Results do not depend on the choice.
 
-    A warp of a long sequence runs to the end of the launch, so what matters is to have all of them at once and as
-    many as fit: the kernel for tiles, with the most lanes a channel and the longest groups whose warps fit. Above,
-    the kernel for rows: one lane a channel, which issues least, and two blocks of channels share what is read of B
-    and C.
+    More lanes a channel are more warps, which hide each other's waits, and more instructions: so as many lanes as keep
+    the warps of a scheduler few. The numbers are an H200's best (docs/kernels.md), for 16 states. With softplus inside,
+    eight states a lane leave no registers for 16 tokens.
     """
-    warps = sequences * triton.cdiv(channels, 32)  # at one lane a channel
-    options = {"N": n, "num_warps": 1, "enable_fp_fusion": False}
-    for states, steps, resident in _TILES if n <= 16 else _TILES[-1:]:
+    shape: dict[str, Any] = {}
+    for states, steps, most in _TILES if n <= 16 else _TILES_OF_32_STATES:
+        if states > n:
+            break
         lanes = n // states
-        if n > 16 or 0 < lanes <= min(4, resident * _MULTIPROCESSORS // max(1, warps)):
-            block_d = 32 // lanes
-            shape = {"LANES": lanes, "BLOCK_D": block_d, "EVEN_D": channels % block_d == 0, "STEPS": steps}
-            return selective_scan_tiles_kernel, shape | options
-    shape = {"BLOCK_D": 32, "BLOCKS": 2, "EVEN_D": channels % 64 == 0, "STEPS": 4}
-    return selective_scan_rows_kernel, shape | options
+        block_d = 32 // lanes
+        if softplus and states > 4:
+            steps = min(8, steps)
+        shape = {"LANES": lanes, "BLOCK_D": block_d, "EVEN_D": channels % block_d == 0, "STEPS": steps}
+        if most is None or sequences * triton.cdiv(channels, block_d) <= most * _SCHEDULERS:
+            break
+    return {"N": n, **shape, "num_warps": 1, "enable_fp_fusion": False}

@@ -12,6 +12,7 @@ import torch
 from kernel_testing import assert_within_twice, double, poisoned_like
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tp_mamba.kernels.selective_scan_reference import selective_scan_reference
 from tp_mamba.kernels.selective_state_update_reference import selective_state_update_reference
 
 PLACES = ["cpu", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -130,6 +131,19 @@ def step_inputs(
         "dt_bias": parameters["bias"],
         "dt_softplus": True,
     }
+
+
+def reference_scan(
+    inputs: Mapping[str, Any], device: torch.device, **more: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The reference in the dtypes of ``inputs``, on the device of the kernel that is held against it.
+
+    Over thousands of tokens a slow state multiplies as many decays, so that the rounding of ``exp`` decides its error.
+    A GPU's is within 2 ulp, a CPU's within half of one.
+    """
+    result = selective_scan_reference(**copies(inputs, device), **more)
+    assert isinstance(result, tuple)
+    return result
 
 
 def tie_heads(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from call_form_testing import (
     copies,
     device_of,
     randn,
+    reference_scan,
     scan_inputs,
     step_inputs,
     tie_heads,
@@ -62,7 +63,7 @@ def add_b_and_c(inputs: dict[str, Any], forms: tuple[str, str], n: int, dtype: t
 def check_scan(inputs: dict[str, Any], device: torch.device) -> Work:
     """Output and last state; returns what ran beside the operator. Inputs want a gradient, as in training code."""
     exact, exact_last = selective_scan_reference(**double(inputs))
-    reference, reference_last = selective_scan_reference(**inputs)
+    reference, reference_last = reference_scan(inputs, device)
     call = copies(inputs, device)
     memory = Memory(call)
     for x in call.values():
@@ -73,8 +74,8 @@ def check_scan(inputs: dict[str, Any], device: torch.device) -> Work:
     memory.assert_unchanged_but()
     assert out.dtype == inputs["u"].dtype
     assert last.dtype == torch.float32
-    assert_within_twice(out, reference, exact)
-    assert_within_twice(last, reference_last, exact_last)
+    assert_within_twice(out, reference, exact, approximate=0.05)
+    assert_within_twice(last, reference_last, exact_last, approximate=0.05)
     with torch.no_grad():
         assert torch.equal(mamba_ssm_selective_scan_fn(**call), out)
     return work
@@ -155,7 +156,7 @@ def test_chunks_continue_from_the_last_state(
     inputs = scan_inputs(2, 36, length, n=8, dtype=torch.float32, seed=51)
     inputs = add_b_and_c(inputs, (groups, groups), 8, torch.float32)
     exact, exact_last = selective_scan_reference(**double(inputs))
-    reference, reference_last = selective_scan_reference(**inputs)
+    reference, reference_last = reference_scan(inputs, device)
     call, by_token = copies(inputs, device), ("u", "delta", "B", "C", "z")
     memory, outs, state = Memory(call), [], None
     for start, stop in pairwise([length // chunks * c for c in range(chunks)] + [length]):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +15,20 @@ from test_selective_scan import make
 
 from tp_mamba.kernels.selective_scan import selective_scan_fn
 
-ROWS = [(1, 4), (2, 4)]
-"""Launches of the kernel for rows: blocks of channels, tokens a group."""
-TILES = [(4, 16), (4, 8), (2, 4), (1, 4), (4, 1)]
+TILES = [(4, 16), (4, 8), (2, 16), (2, 4), (1, 4), (4, 1)]
 """Launches of the kernel for tiles: lanes a channel, tokens a group."""
 
 
 def scan_module() -> Any:
     """The module as the dispatcher has it now: ``triton_device`` imports another one for the interpreter."""
-    return sys.modules["tp_mamba.kernels.selective_scan_triton"]
+    return importlib.import_module("tp_mamba.kernels.selective_scan_triton")
 
 
-def rows_launch(blocks: int, steps: int) -> Any:
-    """A stand-in for ``mixer_launch`` that always gives this launch of the kernel for rows."""
+def launch_of(lanes: int, steps: int) -> Any:
+    """A stand-in for ``tiles_launch`` that always gives this one."""
 
-    def launch(sequences: int, channels: int, n: int) -> tuple[Any, dict[str, Any]]:
-        return scan_module().selective_scan_rows_kernel, {
-            "N": n,
-            "BLOCK_D": 32,
-            "BLOCKS": blocks,
-            "EVEN_D": channels % (blocks * 32) == 0,
-            "STEPS": steps,
-            "num_warps": 1,
-            "enable_fp_fusion": False,
-        }
-
-    return launch
-
-
-def tiles_launch(lanes: int, steps: int) -> Any:
-    """A stand-in for ``mixer_launch`` that always gives this launch of the kernel for tiles."""
-
-    def launch(sequences: int, channels: int, n: int) -> tuple[Any, dict[str, Any]]:
-        return scan_module().selective_scan_tiles_kernel, {
+    def launch(sequences: int, channels: int, n: int, softplus: bool) -> dict[str, Any]:
+        return {
             "N": n,
             "LANES": lanes,
             "BLOCK_D": 32 // lanes,
@@ -63,20 +44,16 @@ def tiles_launch(lanes: int, steps: int) -> Any:
 @pytest.mark.parametrize("channels", [32, 38])
 @pytest.mark.parametrize("where", DEVICES)
 def test_bits_do_not_depend_on_the_launch(where: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every launch of both kernels, and the general kernel: one output, one state; empty sequences among them."""
+    """Every launch of the kernel for tiles, and the general kernel; empty sequences among them."""
     device = triton_device(where, monkeypatch)
     inputs = to(make(channels, 16, [0, 1, 19, 0], torch.bfloat16), device)
     inputs |= {name: inputs[name].t().contiguous().t() for name in ("B", "C")}  # aligned, as the mixer's are
     results = []
-    for launch in [
-        *(rows_launch(*shape) for shape in ROWS),
-        *(tiles_launch(*shape) for shape in TILES),
-        None,
-    ]:
-        if launch is None:
-            monkeypatch.setattr(scan_module(), "ROW_STATE_SIZES", ())
+    for shape in [*TILES, None]:
+        if shape is None:
+            monkeypatch.setattr(scan_module(), "TILE_STATE_SIZES", ())
         else:
-            monkeypatch.setattr(scan_module(), "mixer_launch", launch)
+            monkeypatch.setattr(scan_module(), "tiles_launch", launch_of(*shape))
         results.append(selective_scan_fn(**inputs, return_last_state=True))
     for out, state in results[1:]:
         assert torch.equal(out, results[0][0])
@@ -106,17 +83,15 @@ def loop_of(cubin: bytes, folder: Path) -> list[str]:
 
 
 def compile_launch(
-    launch: Any, softplus: bool, monkeypatch: pytest.MonkeyPatch
+    sequences: int, channels: int, softplus: bool, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Any, dict[str, Any]]:
-    """The kernel of a launch as the mixer calls it (or with softplus in it), 16 states, compiled; and its shape."""
+    """What is launched for so many sequences and channels as a mixer calls it (or with softplus inside), compiled."""
     from tp_mamba.kernels import selective_scan_triton as module
 
-    kernel, shape = launch(1, 128, 16)
+    kernel, shape = module.selective_scan_tiles_kernel, module.tiles_launch(sequences, channels, 16, softplus)
     recorded = Launches()
-    monkeypatch.setattr(module, kernel.__name__, recorded)
-    monkeypatch.setattr(module, "mixer_launch", lambda *sizes: (recorded, shape))
-    if "LANES" in shape:
-        monkeypatch.setattr(module, "selective_scan_tiles_kernel", recorded)
+    monkeypatch.setattr(module, "selective_scan_tiles_kernel", recorded)
+    monkeypatch.setattr(module, "tiles_launch", lambda *sizes: shape)
     T, D, N = 8, 128, 16
     x = torch.zeros(T, 2 * D, dtype=torch.bfloat16)
     bc = torch.zeros(T, 2 * N)
@@ -133,51 +108,47 @@ def names_of(loop: list[str]) -> list[str]:
     return [instruction.split()[0].split(".")[0] for instruction in loop]
 
 
-def test_loop_of_the_kernel_for_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Instructions a token of 32 channels, none of them a spill, an exchange or a barrier."""
-    compiled, shape = compile_launch(rows_launch(2, 4), False, monkeypatch)
-    assert stack_bytes(compiled, tmp_path) == 0
-    assert compiled.metadata.shared == 0
-    loop = loop_of(compiled.asm["cubin"], tmp_path)
-    names, pairs = names_of(loop), shape["STEPS"] * shape["BLOCKS"]
-    assert names.count("MUFU") == pairs * (16 + 2)  # the decays, and two of the gate
-    assert not {"SHFL", "BAR", "LDS", "STS", "LDL", "STL"} & {*names}
-    assert sum("LDG.E.128" in instruction for instruction in loop) == shape["STEPS"] * 8
-    assert len(loop) / pairs <= 115
-
-
 @pytest.mark.parametrize(
-    ("lanes", "steps", "softplus", "most"),
-    [(4, 16, False, 42), (4, 16, True, 46), (4, 8, False, 43), (2, 8, False, 70), (2, 4, False, 76)],
+    ("sequences", "channels", "softplus", "most"),
+    [
+        (1, 4096, False, 42),
+        (1, 4096, True, 46),
+        (1, 8192, False, 66),
+        (1, 8192, True, 80),
+        (16, 8192, False, 132),
+        (16, 8192, True, 156),
+    ],
 )
 def test_loop_of_the_kernel_for_tiles(
-    lanes: int, steps: int, softplus: bool, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sequences: int, channels: int, softplus: bool, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Instructions a token: gate and softplus once a (token, channel), five changes of layout a group, no spill."""
-    compiled, _ = compile_launch(tiles_launch(lanes, steps), softplus, monkeypatch)
+    """Instructions a token: gate and softplus once a (token, channel), no spill, and no load but into shared memory."""
+    compiled, shape = compile_launch(sequences, channels, softplus, monkeypatch)
+    steps, lanes = shape["STEPS"], shape["LANES"]
     assert stack_bytes(compiled, tmp_path) == 0
     loop = loop_of(compiled.asm["cubin"], tmp_path)
     names = names_of(loop)
     once = 2 * softplus + 2  # a softplus and a gate are two each
     assert names.count("MUFU") == steps * 16 // lanes + steps * once // lanes
     assert names.count("SHFL") == steps * (lanes // 2)  # the sum over lanes, and nothing else
-    assert names.count("BAR") == 5
-    assert names.count("LDG") <= 7
-    assert not {"LDL", "STL"} & {*names}
+    assert names.count("BAR") <= 3
+    assert names.count("LDGSTS") <= 7
+    assert not {"LDG", "LDL", "STL"} & {*names}
     assert len(loop) / steps <= most
 
 
 def test_choice() -> None:
-    """All warps of long sequences run at once; with many sequences, one lane a channel."""
-    launch = scan_module().mixer_launch
+    """The more sequences, the fewer lanes a channel."""
+    from tp_mamba.kernels.selective_scan_triton import tiles_launch
 
-    def chosen(sequences: int, channels: int, n: int = 16) -> tuple[Any, ...]:
-        kernel, shape = launch(sequences, channels, n)
-        return shape.get("LANES", kernel.__name__), shape["STEPS"]
+    def chosen(sequences: int, channels: int, n: int = 16, softplus: bool = False) -> tuple[int, int]:
+        shape = tiles_launch(sequences, channels, n, softplus)
+        return shape["LANES"], shape["STEPS"]
 
-    rows = ("selective_scan_rows_kernel", 4)
-    assert [chosen(s, 8192) for s in (1, 2, 4, 16)] == [(4, 16), (4, 8), (2, 4), rows]
-    assert chosen(64, 4096) == rows
+    assert [chosen(s, 8192) for s in (1, 2, 4, 16)] == [(2, 16), (2, 16), (1, 4), (1, 4)]
+    assert [chosen(s, 4096) for s in (1, 2, 4, 64)] == [(4, 16), (2, 16), (2, 16), (1, 4)]
     assert chosen(1, 1) == (4, 16)
-    assert [chosen(1, 8192, n) for n in (4, 8, 32)] == [(1, 16), (2, 16), (4, 4)]
-    assert [chosen(64, 8192, n) for n in (4, 8, 32)] == [rows, rows, (4, 4)]
+    assert [chosen(1, 4096, n) for n in (4, 8, 32)] == [(1, 16), (2, 16), (4, 4)]
+    assert [chosen(64, 8192, n) for n in (4, 8, 32)] == [(1, 16), (1, 16), (4, 4)]
+    assert [chosen(s, 8192, softplus=True) for s in (1, 16)] == [(2, 8), (1, 4)]
+    assert chosen(1, 4096, softplus=True) == (4, 16)

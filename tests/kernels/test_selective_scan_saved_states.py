@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,7 @@ from kernel_testing import (
     triton_device,
 )
 from test_selective_scan import make
-from test_selective_scan_launches import ROWS as ROWS_SHAPES
-from test_selective_scan_launches import TILES as TILES_SHAPES
-from test_selective_scan_launches import loop_of, rows_launch, tiles_launch
+from test_selective_scan_launches import TILES, launch_of, loop_of, scan_module
 
 from tp_mamba.kernels.selective_scan import selective_scan_fn
 from tp_mamba.kernels.selective_scan_reference import selective_scan_reference
@@ -51,13 +48,12 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def only(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the kernels for a mixer's layout run, or the general one; the other fails."""
-    module = sys.modules["tp_mamba.kernels.selective_scan_triton"]
+    """Let the kernel for a mixer's layout run, or the general one; the other fails."""
     if kernel == GENERAL:
-        monkeypatch.setattr(module, "ROW_STATE_SIZES", ())
-        monkeypatch.setattr(module, "mixer_launch", None)
+        monkeypatch.setattr(scan_module(), "TILE_STATE_SIZES", ())
+        monkeypatch.setattr(scan_module(), "tiles_launch", None)
     else:
-        monkeypatch.setattr(module, "_selective_scan_kernel", None)
+        monkeypatch.setattr(scan_module(), "_selective_scan_kernel", None)
 
 
 def packed(
@@ -179,20 +175,15 @@ def test_pieces_start_again_from_their_rows(
 def test_bits_do_not_depend_on_the_launch(
     device: torch.device, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The general kernel, then launches of the other two, with a last block of channels that is not full."""
+    """The general kernel, then launches of the other, with a last block of channels that is not full."""
     inputs = to(packed(40, 16, [7, 19], torch.bfloat16, seed=k), device)
     mine = all_rows([7, 19], k)
-    module = sys.modules["tp_mamba.kernels.selective_scan_triton"]
     with monkeypatch.context() as patch:
         only(GENERAL, patch)
         first = selective_scan_fn(**own(inputs), save_states_every=k)
     only(MIXER, monkeypatch)
-    launches = [
-        *(rows_launch(*shape) for shape in ROWS_SHAPES),
-        *(tiles_launch(*shape) for shape in TILES_SHAPES[:3]),
-    ]
-    for launch in launches:
-        monkeypatch.setattr(module, "mixer_launch", launch)
+    for shape in TILES[1:5]:
+        monkeypatch.setattr(scan_module(), "tiles_launch", launch_of(*shape))
         out, saved = selective_scan_fn(**own(inputs), save_states_every=k)
         assert torch.equal(out, first[0])
         assert torch.equal(saved[mine], first[1][mine])
@@ -270,10 +261,10 @@ def record(
 
     T, N = 8 * sequences, 16
     x, bc = torch.zeros(T, 2 * channels, dtype=torch.bfloat16), torch.zeros(T, 2 * N)
-    kernel, shape = module.mixer_launch(sequences, channels, N)
+    kernel, shape = module.selective_scan_tiles_kernel, module.tiles_launch(sequences, channels, N, False)
     launches = Launches()
     with monkeypatch.context() as patch:
-        patch.setattr(module, kernel.__name__, launches)
+        patch.setattr(module, "selective_scan_tiles_kernel", launches)
         patch.setattr(op, "use_triton", lambda x: True)
         selective_scan_fn(
             x[:, :channels].t(), x[:, :channels].t(), torch.zeros(N, channels).t(), bc[:, :N].t(), bc[:, N:].t(),
@@ -287,8 +278,8 @@ def record(
     return kernel, shape, launches.calls[0]
 
 
-FEW, MANY = (1, 8192), (64, 2048)
-"""Sequences and channels that the kernel for tiles, and that for rows, are chosen for."""
+FEW, MANY = (1, 4096), (64, 2048)
+"""Sequences and channels of which four lanes share a channel, and one lane has it."""
 
 
 def test_one_compilation_for_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +294,7 @@ def test_one_compilation_for_all_distances(monkeypatch: pytest.MonkeyPatch) -> N
     assert compilations(None, 16) == 2
 
 
-@pytest.mark.parametrize("sizes", [FEW, (4, 8192), MANY])
+@pytest.mark.parametrize("sizes", [FEW, (1, 8192), MANY])
 def test_compiles_for_hopper_without_spills(
     sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -321,8 +312,8 @@ def test_instructions_of_the_loop(
     for k in (None, 64):
         kernel, shape, launch = record(*sizes, k, monkeypatch)
         loops.append(loop_of(compile_for_hopper(kernel, launch).asm["cubin"], tmp_path))
-    states = 16 * shape["BLOCKS"] if "BLOCKS" in shape else 16 // shape["LANES"]
-    stores = shape["STEPS"] * shape["BLOCKS"] if "BLOCKS" in shape else 1  # one for a whole tile
+    states = 16 // shape["LANES"]
+    stores = shape["STEPS"] * shape["BLOCK_D"] // 32 // 4 if shape["LANES"] == 1 else 1
     plain, saving = ([line.split()[0].split(".")[0] for line in loop] for loop in loops)
     assert plain.count("STG") == stores
     assert plain.count("BRA") == 1

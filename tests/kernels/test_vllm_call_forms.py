@@ -18,6 +18,7 @@ from call_form_testing import (
     copies,
     device_of,
     randn,
+    reference_scan,
     scan_inputs,
     ssm_parameters,
     starts_of,
@@ -70,14 +71,14 @@ def test_scan_of_a_dense_batch_in_chunks(
 
     by_token = ("u", "delta", "B", "C", "z")
     cuts = [length // chunks * c for c in range(chunks)] + [length]
-    reference_state = torch.full((batch, d, n), float("nan"), dtype=dtype)
-    state = reference_state.to(device, copy=True)
+    reference_state = torch.full((batch, d, n), float("nan"), dtype=dtype, device=device)
+    state = reference_state.clone()
     outs, references = [], []
     for start, stop in pairwise(cuts):
         initial = torch.ones(batch, dtype=torch.bool) if start else None
         piece = {k: v[..., start:stop] if k in by_token and v is not None else v for k, v in inputs.items()}
-        reference, _ = selective_scan_reference(
-            **piece, ssm_states=reference_state, has_initial_state=initial
+        reference, _ = reference_scan(
+            piece | {"has_initial_state": initial}, device, ssm_states=reference_state
         )
         references.append(reference)
         call = copies(piece | {"has_initial_state": initial}, device) | {"ssm_states": state}
@@ -114,10 +115,10 @@ def test_scan_of_packed_sequences(
         "has_initial_state": torch.tensor([True, True, False, True, False]),
     }
     states = randn(11, d, n, seed=16, dtype=dtype)
-    reference_states, exact_states = states.clone(), states.double()
+    reference_states, exact_states = states.to(device, copy=True), states.double()
     pad = {"pad_slot_id": null_block_id}
     exact, _ = selective_scan_reference(**double(inputs), **pad, ssm_states=exact_states)
-    reference, _ = selective_scan_reference(**inputs, **pad, ssm_states=reference_states)
+    reference, _ = reference_scan(inputs, device, **pad, ssm_states=reference_states)
 
     call = copies(inputs | {"ssm_states": states}, device)
     memory = Memory(call)
