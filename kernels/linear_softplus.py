@@ -58,19 +58,26 @@ def linear_softplus(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     inputs = [("x", x), ("weight", weight), ("bias", bias)]
     check_floating(_OP, inputs)
     check_device(_OP, x.device, "x", inputs)
+    check_product(_OP, x, weight, bias)
+    refuse_grad(_OP, inputs)
+    return torch.ops.tp_mamba.linear_softplus(x, weight, bias)
+
+
+def check_product(
+    op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, name: str = "x"
+) -> None:
+    """Refuse, in the name of ``op``, shapes and dtypes that do not fit one another; ``name`` is that of ``x``."""
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(
-            f"{_OP}: x has shape {list(x.shape)} but must be [T, R] with at least one column; flatten the tokens"
+            f"{op}: {name} has shape {list(x.shape)} but must be [T, R] with at least one column; flatten the tokens"
         )
     if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
         raise ValueError(
-            f"{_OP}: weight has shape {list(weight.shape)} but must be [D, R] with R = {x.shape[1]}, as in x; "
+            f"{op}: weight has shape {list(weight.shape)} but must be [D, R] with R = {x.shape[1]}, as in {name}; "
             "give it a row a channel"
         )
     if weight.dtype != x.dtype:
         raise ValueError(
-            f"{_OP}: weight has dtype {weight.dtype} but x has {x.dtype}; convert one of them to the other's"
+            f"{op}: weight has dtype {weight.dtype} but {name} has {x.dtype}; convert one of them to the other's"
         )
-    check_shape(_OP, "bias", bias, "[D]", weight.shape[:1])
-    refuse_grad(_OP, inputs)
-    return torch.ops.tp_mamba.linear_softplus(x, weight, bias)
+    check_shape(op, "bias", bias, "[D]", weight.shape[:1])

@@ -21,12 +21,14 @@ from tp_mamba.kernels.approx_triton import softplus
 from tp_mamba.kernels.dependent_launch_triton import (
     early_start,
     let_next_start,
-    prefetch,
     wait_for_kernel_ahead,
 )
 
 DECODE_TOKENS = 64
 """Up to here the call is bound by reading ``weight``: small tiles, so that every multiprocessor reads."""
+
+FEW_OUTPUTS = 1 << 21
+"""Up to here a program that keeps its rows of ``weight`` would see too few tiles for them to pay."""
 
 
 class Shape(NamedTuple):
@@ -43,16 +45,18 @@ class Shape(NamedTuple):
 def launch_shape(T: int, D: int, R: int, dtype: torch.dtype, processors: int) -> Shape:
     """The cut for ``T`` tokens, ``D`` channels and rank ``R`` on a GPU of ``processors`` multiprocessors.
 
-    Of ``T`` only the class (decode or prefill) decides what is compiled and how a row is computed; ``tiles`` is an
-    argument at run time.
+    Of ``T`` only the class (decode, few tokens, prefill) decides what is compiled and how a row is computed; ``tiles``
+    is an argument at run time.
     """
     whole = max(16, triton.next_power_of_2(R))
     if dtype == torch.float32:  # no tensor core without TF32
         return Shape(False, 16, 32, 32, 4) if T <= DECODE_TOKENS else Shape(False, 64, 64, 32, 4)
     if T <= DECODE_TOKENS:
-        return Shape(False, 16, 32 if D >= 4096 else 16, min(whole, 512), 4)
+        return Shape(False, 16 if T <= 16 else 32, 32 if D >= 4096 else 16, min(whole, 512), 4)
     if whole > 256:  # the rows of weight leave no room for a second program
         return Shape(False, 128, 128, 64, 8)
+    if T * D <= FEW_OUTPUTS:
+        return Shape(False, 64, 32, whole, 4)
     block_t, block_d = 64, 128  # T > 64: there is at least one whole tile
     tiles, columns = triton.cdiv(T, block_t), triton.cdiv(D, block_d)
     runs = max(1, 2 * processors // columns)  # two programs a multiprocessor, all at once
@@ -60,7 +64,7 @@ def launch_shape(T: int, D: int, R: int, dtype: torch.dtype, processors: int) ->
 
 
 @triton.jit
-def _softplus_of_sum(product, bias):
+def softplus_of_sum(product, bias):
     """``softplus(product + bias)`` of a product ``[BLOCK_T, BLOCK_D]`` and a bias ``[BLOCK_D]``, float32."""
     # Of a plain sum the compiler would make a product that starts at the bias, with every partial sum rounded to
     # the bias' last place instead of one.
@@ -114,7 +118,7 @@ def _streaming_kernel(
         next_x = tl.load(
             x_tile + tl.minimum(this_t + BLOCK_T, last_t) * x_stride_t, mask=r_mask[None, :], other=0.0
         )
-        out = _softplus_of_sum(tl.dot(x, weight), bias).to(out_ptr.dtype.element_ty)
+        out = softplus_of_sum(tl.dot(x, weight), bias).to(out_ptr.dtype.element_ty)
         if D % BLOCK_D == 0:
             tl.store(out_tile + this_t * D, out)
         else:
@@ -145,30 +149,26 @@ def _tiled_kernel(
     x_ptr += first_t * x_stride_t
     weight_ptr += first_d * weight_stride_d
     let_next_start(PDL)
-    if PDL:
-        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # 128 bytes
-        LINES: tl.constexpr = BLOCK_R // LINE if BLOCK_R > LINE else 1
-        # Beyond the edges the last row and column are asked for again.
-        row = weight_ptr + tl.minimum(d, D - 1 - first_d)[:, None] * weight_stride_d
-        prefetch(row + tl.minimum(tl.arange(0, LINES) * LINE, R - 1)[None, :] * weight_stride_r)
-    wait_for_kernel_ahead(PDL)
     bias = tl.full([BLOCK_D], 0.0, tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + first_d + d, mask=d_mask, other=0.0).to(tl.float32)
+    x_tile = x_ptr + t[:, None] * x_stride_t + r[None, :] * x_stride_r
+    weight_tile = weight_ptr + d[:, None] * weight_stride_d + r[None, :] * weight_stride_r
     total = tl.full([BLOCK_T, BLOCK_D], 0.0, tl.float32)
-    for k in range(0, R, BLOCK_R):
-        x = tl.load(
-            x_ptr + t[:, None] * x_stride_t + (k + r)[None, :] * x_stride_r,
-            mask=t_mask[:, None] & (k + r < R)[None, :],
-            other=0.0,
-        )
-        weight = tl.load(
-            weight_ptr + d[:, None] * weight_stride_d + (k + r)[None, :] * weight_stride_r,
-            mask=d_mask[:, None] & (k + r < R)[None, :],
-            other=0.0,
-        )
+    if R <= BLOCK_R:
+        r_mask = (r < R)[None, :]
+        weight = tl.load(weight_tile, mask=d_mask[:, None] & r_mask, other=0.0)
+        wait_for_kernel_ahead(PDL)
+        x = tl.load(x_tile, mask=t_mask[:, None] & r_mask, other=0.0)
         total = tl.dot(x, weight.trans(), total, input_precision="ieee")
-    out = _softplus_of_sum(total, bias).to(out_ptr.dtype.element_ty)
+    else:
+        wait_for_kernel_ahead(PDL)
+        for k in range(0, R, BLOCK_R):
+            r_mask = (k + r < R)[None, :]
+            x = tl.load(x_tile + k * x_stride_r, mask=t_mask[:, None] & r_mask, other=0.0)
+            weight = tl.load(weight_tile + k * weight_stride_r, mask=d_mask[:, None] & r_mask, other=0.0)
+            total = tl.dot(x, weight.trans(), total, input_precision="ieee")
+    out = softplus_of_sum(total, bias).to(out_ptr.dtype.element_ty)
     tl.store(
         out_ptr + first_t * D + first_d + t[:, None] * D + d[None, :],
         out,

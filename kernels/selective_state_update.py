@@ -134,43 +134,7 @@ def selective_state_update(
         return _several_tokens(
             state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, cu_seqlens, pad_slot_id, out
         )  # fmt: skip
-    if x.dim() not in (2, 3):
-        raise ValueError(f"{_OP}: x has {x.dim()} dimensions but must be [B, D] or [B, heads, D]; reshape x")
-    channels = x.shape[1:]
-    per_channel, dims = ("[D]", "[B, D]") if x.dim() == 2 else ("[heads, D]", "[B, heads, D]")
-    if A.dim() != len(channels) + 1:
-        raise ValueError(
-            f"{_OP}: A has shape {list(A.shape)} but x of shape {list(x.shape)} wants {per_channel} and N; "
-            "give A a row of states for every channel"
-        )
-    n = A.shape[-1]
-    check_state_size(_OP, n)
-    for name, tensor in (("dt", dt), ("z", z), ("out", out)):
-        check_shape(_OP, name, tensor, dims, x.shape)
-    check_shape(_OP, "A", A, f"{per_channel[:-1]}, N]", (*channels, n))
-    check_shape(_OP, "D", D, per_channel, channels)
-    check_shape(_OP, "dt_bias", dt_bias, per_channel, channels)
-    for name, tensor in (("B", B), ("C", C)):
-        if tensor.dim() not in (2, 3) or tensor.shape[0] != x.shape[0] or tensor.shape[-1] != n:
-            raise ValueError(
-                f"{_OP}: {name} has shape {list(tensor.shape)} but must be [B, N] or [B, G, N] with B = {x.shape[0]} "
-                f"and N = {n}; reshape {name}"
-            )
-    groups = B.shape[1] if B.dim() == 3 else 1
-    check_shape(_OP, "C", C, "the shape of B", B.shape)
-    if groups == 0 or channels[0] % groups:
-        of = "channels" if x.dim() == 2 else "heads"
-        raise ValueError(
-            f"{_OP}: B has {groups} groups for {channels[0]} {of} but G must divide their number; regroup B"
-        )
-    state_batch_indices = slot_column(_OP, "state_batch_indices", state_batch_indices)
-    check_shape(_OP, "state_batch_indices", state_batch_indices, "[B]", (x.shape[0],))
-    slots_needed = x.shape[0] if state_batch_indices is None else 0
-    if state.shape[1:] != A.shape or state.shape[0] < slots_needed:
-        raise ValueError(
-            f"{_OP}: state has shape {list(state.shape)} but must be [slots, *A.shape] with A of shape {list(A.shape)} "
-            f"and at least {slots_needed} slots; allocate it so or pass state_batch_indices"
-        )
+    state_batch_indices = check_step(_OP, state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, out)
     refuse_grad(_OP, named)
 
     if out is None:
@@ -179,6 +143,61 @@ def selective_state_update(
         state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, without_gaps(state_batch_indices), pad_slot_id, out
     )
     return out
+
+
+def check_step(
+    op: str,
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    state_batch_indices: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Refuse, in the name of ``op``, shapes that do not fit one another; returns the slots as ``[B]``."""
+    if x.dim() not in (2, 3):
+        raise ValueError(f"{op}: x has {x.dim()} dimensions but must be [B, D] or [B, heads, D]; reshape x")
+    channels = x.shape[1:]
+    per_channel, dims = ("[D]", "[B, D]") if x.dim() == 2 else ("[heads, D]", "[B, heads, D]")
+    if A.dim() != len(channels) + 1:
+        raise ValueError(
+            f"{op}: A has shape {list(A.shape)} but x of shape {list(x.shape)} wants {per_channel} and N; "
+            "give A a row of states for every channel"
+        )
+    n = A.shape[-1]
+    check_state_size(op, n)
+    for name, tensor in (("dt", dt), ("z", z), ("out", out)):
+        check_shape(op, name, tensor, dims, x.shape)
+    check_shape(op, "A", A, f"{per_channel[:-1]}, N]", (*channels, n))
+    check_shape(op, "D", D, per_channel, channels)
+    check_shape(op, "dt_bias", dt_bias, per_channel, channels)
+    for name, tensor in (("B", B), ("C", C)):
+        if tensor.dim() not in (2, 3) or tensor.shape[0] != x.shape[0] or tensor.shape[-1] != n:
+            raise ValueError(
+                f"{op}: {name} has shape {list(tensor.shape)} but must be [B, N] or [B, G, N] with B = {x.shape[0]} "
+                f"and N = {n}; reshape {name}"
+            )
+    groups = B.shape[1] if B.dim() == 3 else 1
+    check_shape(op, "C", C, "the shape of B", B.shape)
+    if groups == 0 or channels[0] % groups:
+        of = "channels" if x.dim() == 2 else "heads"
+        raise ValueError(
+            f"{op}: B has {groups} groups for {channels[0]} {of} but G must divide their number; regroup B"
+        )
+    state_batch_indices = slot_column(op, "state_batch_indices", state_batch_indices)
+    check_shape(op, "state_batch_indices", state_batch_indices, "[B]", (x.shape[0],))
+    slots_needed = x.shape[0] if state_batch_indices is None else 0
+    if state.shape[1:] != A.shape or state.shape[0] < slots_needed:
+        raise ValueError(
+            f"{op}: state has shape {list(state.shape)} but must be [slots, *A.shape] with A of shape {list(A.shape)} "
+            f"and at least {slots_needed} slots; allocate it so or pass state_batch_indices"
+        )
+    return state_batch_indices
 
 
 def _several_tokens(

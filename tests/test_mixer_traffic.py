@@ -21,8 +21,8 @@ from conv_norm_testing import run_on
 from kernel_testing import assert_within_twice
 from traffic import Recorder, Step, recorded, recorded_as_on_a_gpu
 
-from tp_mamba.kernels.skinny_linear import prefers_skinny
-from tp_mamba.kernels.skinny_linear_launch import skinny_launch, slice_count
+from tp_mamba.kernels.skinny_linear import prefers_skinny, prefers_slices
+from tp_mamba.kernels.skinny_linear_launch import skinny_launch, slice_count, slices_launch
 from tp_mamba.layers.init import skip_init
 from tp_mamba.layers.norm import RMSNorm
 from tp_mamba.metadata import MambaMetadata, MambaMetadataBuilder
@@ -58,6 +58,7 @@ BATCHES = {
     "prefill": (SMALL, Batch(lengths=(38,))),
     "several prefills": (SMALL, Batch(lengths=(3, 21, 1, 13))),
     "decode": (DECODE, Batch(decodes=5)),
+    "decode, rank of odd size": (DECODE._replace(R=6), Batch(decodes=5)),
     "decode and prefill": (SMALL, Batch(decodes=4, lengths=(17, 18))),
     "dense": (SMALL, Batch(lengths=(19, 19), dense=True)),
 }
@@ -102,42 +103,62 @@ def expected_steps(sizes: Sizes, batch: Batch, dtype: torch.dtype, *, triton: bo
     """What one forward has to do, and no more.
 
     Of [T, D]: in_proj writes 2, the convolution reads 1 and writes 1, x_proj reads 1, dt_proj writes 1, the scan (or
-    the update) reads u, delta and z and writes y, out_proj reads 1.
+    the update) reads u, delta and z and writes y, out_proj reads 1. Where one kernel does dt_proj and the update, delta
+    is neither written nor read.
     """
     T, (H, D, R, N) = batch.tokens, sizes
     item = dtype.itemsize
     columns = R + 2 * N
     launch = 1 if triton else 0
-    prefill_tokens = T - batch.decodes
+    decodes, prefill_tokens = batch.decodes, T - batch.decodes
+    slices = x_proj_slices(sizes, batch, dtype) if triton else 0
 
-    def parts(update: str, whole: str, wide: int, narrow: int = 0) -> list[Step]:
-        """A step for the decode rows, and one for the prefills; ``wide`` and ``narrow`` are bytes a token."""
-        tokens = {update: batch.decodes, whole: prefill_tokens}
-        return [
-            Step(f"tp_mamba::{name}", launch, wide * count, narrow * count)
-            for name, count in tokens.items()
-            if count
-        ]
-
-    def from_channels(N: int, out_item: int) -> Step:
-        """A product of [T, D], by the kernel for few rows where that is preferred."""
-        if not (triton and prefers_skinny(T, N, D, dtype)):
-            return Step("aten::mm", 0, T * D * item, T * N * out_item)
-        groups = -(-slice_count(N, D) // skinny_launch(T, N, D).group)
+    def product(N: int, K: int, wide: int, narrow: int, out_item: int) -> Step:
+        """A product by the library, or by the kernel for few rows where that is preferred."""
+        if not (triton and prefers_skinny(T, N, K, dtype)):
+            return Step("aten::mm", 0, wide, narrow)
+        groups = -(-slice_count(N, K) // skinny_launch(T, N, K).group)
         if groups == 1:
-            return Step("tp_mamba::skinny_linear", 1, T * D * item, T * N * out_item)
-        return Step("tp_mamba::skinny_linear", 2, T * D * item, T * N * (out_item + 2 * groups * 4))
+            return Step("tp_mamba::skinny_linear", 1, wide, narrow)
+        return Step("tp_mamba::skinny_linear", 2, wide, narrow + T * N * 2 * groups * 4)
 
-    return [
-        *([Step("aten::zeros", 0, 0, 0)] if batch.dense else []),  # the metadata's integers
-        Step("aten::mm", 0, 2 * T * D * item, T * H * item),
-        *parts("causal_conv1d_update", "causal_conv1d", 2 * D * item),
-        from_channels(columns, 4),
-        Step("tp_mamba::split_dt_bc", launch, 0, T * (columns * 4 + R * item + 2 * N * 4)),
-        Step("tp_mamba::linear_softplus", launch, T * D * item, T * R * item),
-        *parts("selective_state_update", "selective_scan", 4 * D * item, 2 * N * 4),
-        from_channels(H, item),
-    ]
+    steps = [Step("aten::zeros", 0, 0, 0)] if batch.dense else []  # the metadata's integers
+    steps += [product(2 * D, H, 2 * T * D * item, T * H * item, item)]
+    for name, count in (("causal_conv1d_update", decodes), ("causal_conv1d", prefill_tokens)):
+        steps += [Step(f"tp_mamba::{name}", launch, 2 * count * D * item, 0)] if count else []
+    if slices:
+        steps += [Step("tp_mamba::skinny_linear_slices", 1, T * D * item, slices * T * columns * 4)]
+    else:
+        steps += [product(columns, D, T * D * item, T * columns * 4, 4)]
+    split_bytes = T * (max(1, slices) * columns * 4 + R * item + 2 * N * 4)
+    steps += [Step("tp_mamba::split_dt_bc", launch, 0, split_bytes)]
+
+    def softplus(count: int) -> Step:
+        return Step("tp_mamba::linear_softplus", launch, count * D * item, count * R * item)
+
+    def recurrence(name: str, count: int) -> Step:
+        return Step(f"tp_mamba::{name}", launch, 4 * count * D * item, 2 * count * N * 4)
+
+    if decodes and (not triton or has_update_in_one(sizes, batch)):
+        narrow = decodes * (R * item + 2 * N * 4)
+        steps += [Step("tp_mamba::dt_proj_state_update", launch, 3 * decodes * D * item, narrow)]
+    elif decodes:
+        steps += [softplus(decodes), recurrence("selective_state_update", decodes)]
+    if prefill_tokens:
+        steps += [softplus(prefill_tokens), recurrence("selective_scan", prefill_tokens)]
+    return [*steps, product(H, D, T * D * item, T * H * item, item)]
+
+
+def x_proj_slices(sizes: Sizes, batch: Batch, dtype: torch.dtype) -> int:
+    """How many sums over a part of K x_proj gives on a GPU, where the next kernel adds them up; else 0."""
+    shape = sizes.R + 2 * sizes.N, sizes.D
+    groups = -(-slice_count(*shape) // slices_launch(batch.tokens, *shape).group)
+    return groups if prefers_slices(batch.tokens, *shape, dtype) else 0
+
+
+def has_update_in_one(sizes: Sizes, batch: Batch) -> bool:
+    """Whether a GPU's decode rows in bfloat16 take the kernel that does dt_proj and the state update."""
+    return batch.decodes * sizes.D <= 2**19 and sizes.R % 8 == 0
 
 
 def assert_least_traffic(
@@ -145,7 +166,9 @@ def assert_least_traffic(
 ) -> None:
     assert recorder.steps == expected, "\n".join(["what ran:", *map(str, recorder.steps)])
     channels = mixer.intermediate_size
-    assert sum(step.wide for step in expected) == 11 * batch.tokens * channels * mixer.dtype.itemsize
+    fused = any(step.operator == "tp_mamba::dt_proj_state_update" for step in expected)
+    passes = 11 * batch.tokens - (2 * batch.decodes if fused else 0)
+    assert sum(step.wide for step in expected) == passes * channels * mixer.dtype.itemsize
     if not (batch.decodes and batch.lengths):  # one kernel each for the convolution and the recurrence
         held = [*mixer.parameters(), *(() if batch.dense else state)]
         assert recorder.known_bytes == sum(x.numel() * x.element_size() for x in held)
@@ -243,7 +266,8 @@ def test_kernels_of_a_layer(batch: Batch) -> None:
         call()
 
     def products() -> None:
-        F.linear(x_TH, mixer.in_proj.weight)
+        if not prefers_skinny(T, 2 * D, H, dtype):
+            F.linear(x_TH, mixer.in_proj.weight)
         if not prefers_skinny(T, R + 2 * N, D, dtype):
             torch.mm(y_TD, mixer.x_proj.weight.t(), out_dtype=torch.float32)
         if not prefers_skinny(T, H, D, dtype):

@@ -45,10 +45,12 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         name = func._schema.name
         if func.namespace == "tp_mamba" and self._inside:
-            self._launches = []
+            outer, self._launches = self._launches, []
             with self:
                 result = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
-            self._note(name, len(self._launches), self._launches)
+            launches, self._launches = self._launches, outer
+            if launches:  # else it has called other operators, which are steps of their own
+                self._note(name, len(launches), launches)
             return result
         if func is torch.ops.aten.mm.dtype:  # serves GPUs alone
             x, weight, dtype = args

@@ -30,9 +30,9 @@ from torch import nn
 from tp_mamba.collectives import copy_to_tp
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from tp_mamba.kernels.dt_bc_split import split_dt_bc
+from tp_mamba.kernels.dt_proj_state_update import dt_proj_state_update
 from tp_mamba.kernels.linear_softplus import linear_softplus
 from tp_mamba.kernels.selective_scan import selective_scan_fn
-from tp_mamba.kernels.selective_state_update import selective_state_update
 from tp_mamba.layers.conv import ColumnParallelConv1d
 from tp_mamba.layers.init import initialize, uniform
 from tp_mamba.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
@@ -246,8 +246,7 @@ class MambaMixer(nn.Module):
         x_TD, z_TD = self.in_proj(h_TH).chunk(2, dim=-1)
         u_TD = self._convolve(x_TD, z_TD, metadata, state)
         dt_TR, B_TN, C_TN = self._project_time_steps(u_TD)
-        delta_TD = linear_softplus(copy_to_tp(dt_TR, self.tp), self.dt_proj.weight, self.dt_proj.bias)
-        y_TD = self._scan(u_TD, z_TD, delta_TD, B_TN, C_TN, metadata, state)
+        y_TD = self._scan(u_TD, z_TD, copy_to_tp(dt_TR, self.tp), B_TN, C_TN, metadata, state)
         return self.out_proj(y_TD).view(shape)
 
     def _convolve(
@@ -287,7 +286,7 @@ class MambaMixer(nn.Module):
 
     def _project_time_steps(self, u_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``dt [T, R]`` in the model's dtype, ``B`` and ``C [T, N]`` in float32; the one reduce of x_proj."""
-        x_dbl = self.x_proj(u_TD)
+        x_dbl = self.x_proj(u_TD, in_slices=True)
         norms = (self.dt_layernorm, self.b_layernorm, self.c_layernorm)
         dt_weight, b_weight, c_weight = (None if norm is None else norm.weight for norm in norms)
         dt_TR, B_TN, C_TN = split_dt_bc(
@@ -306,22 +305,24 @@ class MambaMixer(nn.Module):
         self,
         u_TD: torch.Tensor,
         z_TD: torch.Tensor,
-        delta_TD: torch.Tensor,
+        dt_TR: torch.Tensor,
         B_TN: torch.Tensor,
         C_TN: torch.Tensor,
         metadata: MambaMetadata,
         state: MambaState | None,
     ) -> torch.Tensor:
-        """The recurrence, the D skip and the gate: ``y [T, D/n]``."""
+        """dt_proj and softplus, the recurrence, the D skip and the gate: ``y [T, D/n]``."""
         y_TD = torch.empty_like(u_TD)
         batch = split_batch_to_prefill_and_decode(u_TD, z_TD, metadata)
         ssm_state, cut = None if state is None else state.ssm_state, metadata.num_padded_decodes
         if cut:
             assert ssm_state is not None
-            selective_state_update(
+            dt_proj_state_update(
                 ssm_state,
                 batch.hidden_states_BC_d,
-                delta_TD[:cut],
+                dt_TR[:cut],
+                self.dt_proj.weight,
+                self.dt_proj.bias,
                 self.A,
                 B_TN[:cut],
                 C_TN[:cut],
@@ -332,9 +333,10 @@ class MambaMixer(nn.Module):
                 out=y_TD[:cut],
             )
         if metadata.num_prefills:
+            delta_TD = linear_softplus(dt_TR[cut:], self.dt_proj.weight, self.dt_proj.bias)
             selective_scan_fn(
                 batch.hidden_states_BC_p.t(),
-                delta_TD[cut:].t(),
+                delta_TD.t(),
                 self.A,
                 B_TN[cut:].t(),
                 C_TN[cut:].t(),

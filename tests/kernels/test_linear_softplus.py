@@ -192,21 +192,23 @@ def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any]) -> tuple[str
     return name, kernels[name], launch
 
 
-def test_two_compilations_for_all_token_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for few tokens, one for many."""
-    for counts in ((1, 2, 16, 33, 64), (65, 80, 128, 1024, 5000)):
+def test_four_compilations_for_all_token_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few rows two, of few outputs one, of many one."""
+    x, weight = torch.zeros(5000, 48, dtype=torch.bfloat16), torch.zeros(4096, 48, dtype=torch.bfloat16)
+    for counts in ((1, 2, 16), (17, 33, 64), (65, 80, 512), (513, 1024, 5000)):
         keys = set()
         for T in counts:
-            name, *recorded = record(monkeypatch, make(T, 144, 48, torch.bfloat16))
+            name, *recorded = record(monkeypatch, {"x": x[:T], "weight": weight})
             keys.add(name + specialization(*recorded))
         assert len(keys) == 1
+        assert (name == "_streaming_kernel") == (T == 5000)
     row = make(1, 144, 48, torch.bfloat16)
     strided = row | {"x": torch.zeros(48, 1, dtype=torch.bfloat16).t()}  # a single row of some other stride
     assert specialization(*record(monkeypatch, row)[1:]) == specialization(*record(monkeypatch, strided)[1:])
 
 
 @pytest.mark.parametrize(
-    ("T", "D"), [(8192, 8192), (8192, 4096), (2048, 5120), (100, 8192), (262_144, 16_384)]
+    ("T", "D"), [(8192, 8192), (8192, 4096), (2048, 5120), (512, 8192), (262_144, 16_384)]
 )
 def test_programs_fill_the_gpu_once(T: int, D: int) -> None:
     """With the weight held, programs are at most two a multiprocessor, and no more than a tenth too few."""
@@ -222,8 +224,10 @@ def test_programs_fill_the_gpu_once(T: int, D: int) -> None:
 @pytest.mark.parametrize(
     ("T", "D", "R", "dtype"),
     [
+        (8193, 256, 256, torch.bfloat16),
+        (8193, 256, 160, torch.float16),
         (80, 256, 256, torch.bfloat16),
-        (80, 256, 160, torch.float16),
+        (40, 256, 160, torch.bfloat16),
         (80, 256, 512, torch.bfloat16),
         (80, 256, 256, torch.float32),
         (8, 256, 256, torch.bfloat16),
@@ -244,7 +248,7 @@ def test_two_programs_share_a_hopper_multiprocessor(monkeypatch: pytest.MonkeyPa
     """The softplus of one then hides behind the product of the other; and few instructions go beside the softplus."""
     from triton import knobs
 
-    name, *recorded = record(monkeypatch, make(80, 256, 256, torch.bfloat16))
+    name, *recorded = record(monkeypatch, make(8193, 256, 256, torch.bfloat16))
     assert name == "_streaming_kernel"
     compiled = compile_as_launched(*recorded)
     reserved, of_multiprocessor = 1024, 228 * 1024
