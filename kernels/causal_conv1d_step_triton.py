@@ -29,9 +29,9 @@ PER_THREAD = 4
 """Channels: 8 bytes of a 16-bit dtype a load. A single row of 8192 channels is then 16 programs; twice as many channels
 would leave half of those multiprocessors idle and save nothing, since memory is what is waited for."""
 
-ROWS = 2
-"""Batch rows a program. A channel's weights and bias are as many bytes as its inputs in a row, 10 and 8, and come from
-the L2 for every program: with two rows the L2 delivers 13 bytes a row instead of 18, while memory moves 16."""
+ROWS = 1
+"""Batch rows a program. Weights and bias come from the L2 for every program, 10 bytes a channel where a row's inputs
+are 8; even so an H200 takes 2 to 5 % longer with two rows a program, and more with four."""
 
 
 @triton.jit
@@ -83,7 +83,6 @@ def _step_kernel(
     PER_THREAD: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
-    wait_for_kernel_ahead(PDL)
     # That words are whole is for the launcher to see to, and for the compiler to be told of every address.
     X_WORD: tl.constexpr = PER_THREAD * (x_ptr.dtype.element_ty.primitive_bitwidth // 8)
     STATE_WORD: tl.constexpr = PER_THREAD * (state_ptr.dtype.element_ty.primitive_bitwidth // 8)
@@ -92,25 +91,12 @@ def _step_kernel(
     inside = first_d + d < channel_words.to(tl.int64) * PER_THREAD
     first = tl.program_id(0) * ROWS
 
-    # Every row's inputs are on their way before the first is used. No slot is two rows'.
-    rows = ()
+    slots = ()
     for i in tl.static_range(ROWS):
-        row = (first + i).to(tl.int64)
-        real = row < batch
-        slot = row
+        slot = (first + i).to(tl.int64)
         if HAS_SLOTS:
-            slot = tl.load(slot_ptr + row, mask=real, other=0).to(tl.int64)
-            live = real & (slot != pad_slot_id)
-        else:
-            live = real
-        p_state = tl.multiple_of(state_ptr + slot * state_stride_s + first_d, STATE_WORD) + d
-        p_x = tl.multiple_of(x_ptr + row * x_stride_b + first_d, X_WORD) + d
-        inputs = ()
-        for k in tl.static_range(K - 1):
-            inputs = inputs + (tl.load(p_state + k * state_stride_k, mask=inside & live, other=0.0),)
-        inputs = inputs + (tl.load(p_x, mask=inside & live, other=0.0),)
-        rows = rows + ((row, real, live, p_state, inputs),)
-
+            slot = tl.load(slot_ptr + slot, mask=slot < batch, other=0).to(tl.int64)
+        slots = slots + (slot,)
     taps = load_taps(weight_ptr, first_d, d, inside, weight_stride_d, weight_stride_k, K, PACKED)
     bias = tl.zeros((BLOCK_D,), tl.float32)
     if HAS_BIAS:
@@ -118,6 +104,22 @@ def _step_kernel(
         bias = tl.load(tl.multiple_of(bias_ptr + first_d, BIAS_WORD) + d, mask=inside, other=0.0).to(
             tl.float32
         )
+    wait_for_kernel_ahead(PDL)
+
+    # Every row's inputs are on their way before the first is used. No slot is two rows'.
+    rows = ()
+    for i in tl.static_range(ROWS):
+        row = (first + i).to(tl.int64)
+        real = row < batch
+        slot = slots[i]
+        live = real & (slot != pad_slot_id) if HAS_SLOTS else real
+        p_state = tl.multiple_of(state_ptr + slot * state_stride_s + first_d, STATE_WORD) + d
+        p_x = tl.multiple_of(x_ptr + row * x_stride_b + first_d, X_WORD) + d
+        inputs = ()
+        for k in tl.static_range(K - 1):
+            inputs = inputs + (tl.load(p_state + k * state_stride_k, mask=inside & live, other=0.0),)
+        inputs = inputs + (tl.load(p_x, mask=inside & live, other=0.0),)
+        rows = rows + ((row, real, live, p_state, inputs),)
 
     for i in tl.static_range(ROWS):
         row, real, live, p_state, inputs = rows[i]

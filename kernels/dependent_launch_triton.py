@@ -2,11 +2,14 @@
 
 In decode a kernel lasts two or three microseconds, a third of which is its launch and its first instructions; between
 kernels the memory is idle. A kernel launched with :func:`early_start` is on the multiprocessors as soon as all programs
-of the kernel ahead are, and then waits for that kernel's end and for all that it wrote. While it waits, it may have
-weights brought into L2.
+of the kernel ahead are, and then waits for that kernel's end and for all that it wrote. Meanwhile its weights are on
+their way.
 
-Every kernel that takes part calls :func:`wait_for_kernel_ahead` in every program, before it reads or writes anything.
-The end of a kernel therefore says that all kernels before it have ended too, however many of them started early.
+Every kernel that takes part calls :func:`wait_for_kernel_ahead` in every program, before it writes anything and before
+it reads what such a kernel may have written: activations and states. The end of a kernel therefore says that all
+kernels before it have ended too, however many of them started early. Weights and slots it may read sooner: they are
+older than any kernel that lets the next start, since what writes them (a loader, an optimizer, PyTorch's operators)
+does not.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -32,22 +35,6 @@ def wait_for_kernel_ahead(PDL: tl.constexpr):
     """Return once the kernel ahead has ended and what it wrote can be read."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def prefetch(ptr):
-    """Ask for the cache lines at a tile of pointers to be brought into L2.
-
-    A prefetch is no read: where the kernel ahead still writes what is asked for, later loads find what it wrote.
-    """
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [ptr.to(tl.int64, bitcast=True)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @functools.cache

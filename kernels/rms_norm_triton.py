@@ -25,16 +25,19 @@ def _rms_norm_kernel(
     rows,
     H,
     eps,
-    x_stride_r: tl.int64, x_stride_h: tl.int64,
-    residual_stride_r: tl.int64, residual_stride_h: tl.int64,
+    # Those of h without a type: Triton makes a constant of an untyped 1, and with it loads of 16 bytes.
+    x_stride_r: tl.int64, x_stride_h,
+    residual_stride_r: tl.int64, residual_stride_h,
     weight_stride_h,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
-    wait_for_kernel_ahead(PDL)
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     h = tl.arange(0, BLOCK_H)[None, :]
     m = (r < rows) & (h < H)
+    if weight_ptr is not None:
+        b_weight = tl.load(weight_ptr + h * weight_stride_h, mask=h < H, other=0.0).to(tl.float32)
+    wait_for_kernel_ahead(PDL)
     b_x = tl.load(x_ptr + r * x_stride_r + h * x_stride_h, mask=m, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         p_residual = residual_ptr + r * residual_stride_r + h * residual_stride_h
@@ -43,7 +46,7 @@ def _rms_norm_kernel(
         tl.store(new_residual_ptr + r * H + h, b_x.to(new_residual_ptr.dtype.element_ty), mask=m)
     b_out = b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=1, keep_dims=True) / H + eps)
     if weight_ptr is not None:
-        b_out *= tl.load(weight_ptr + h * weight_stride_h, mask=h < H, other=0.0).to(tl.float32)
+        b_out *= b_weight
     tl.store(out_ptr + r * H + h, b_out.to(out_ptr.dtype.element_ty), mask=m)
 
 

@@ -1,19 +1,22 @@
-"""Kernels that start before the one ahead of them has ended read and write nothing until then."""
+"""Kernels that start before the one ahead of them has ended read only weights until then, and write nothing."""
 
 from __future__ import annotations
 
 import importlib
-import re
+import pkgutil
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from kernel_testing import Launches, compile_as_launched
+from ptx_testing import read_ahead
 
+import tp_mamba.kernels
 from tp_mamba.kernels.dt_bc_split import split_dt_bc
 from tp_mamba.kernels.linear_softplus import linear_softplus
-from tp_mamba.kernels.rms_norm import add_rms_norm
+from tp_mamba.kernels.rms_norm import add_rms_norm, rms_norm
 from tp_mamba.kernels.skinny_linear import skinny_linear
 from tp_mamba.metadata import MambaMetadataBuilder
 from tp_mamba.mixer import MambaMixer, MambaState
@@ -25,36 +28,110 @@ def zeros(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.bfloat16)
 
 
-CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "_product_kernel": ("skinny_linear", lambda: skinny_linear(zeros(2, 2048), zeros(288, 2048))),
-    "_sum_kernel": ("skinny_linear", lambda: skinny_linear(zeros(2, 2048), zeros(288, 2048))),
-    "_split_kernel": ("dt_bc_split", lambda: split_dt_bc(zeros(2, 288).float(), 256, 16, eps=1e-6)),
-    "_tiled_kernel": ("linear_softplus", lambda: linear_softplus(zeros(2, 256), zeros(4096, 256))),
-    "_streaming_kernel": ("linear_softplus", lambda: linear_softplus(zeros(80, 256), zeros(256, 256))),
-    "_rms_norm_kernel": ("rms_norm", lambda: add_rms_norm(zeros(2, 4096), zeros(2, 4096).float(), None)),
-}
-"""Kernel: the operator's module, and a call of it that launches the kernel."""
+def split(x: torch.Tensor) -> Any:
+    weights = {"dt_weight": zeros(256), "b_weight": zeros(16), "c_weight": zeros(16)}
+    return split_dt_bc(x, 256, 16, **weights, eps=1e-6, dt_dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_nothing_is_read_or_written_before_the_wait(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    op, call = CALLS[name]
+def time_steps(T: int, R: int = 256) -> torch.Tensor:
+    return linear_softplus(zeros(T, R), zeros(4096, R), zeros(4096))
+
+
+_OF_SPLIT, _OF_TIME_STEPS = {"dt_weight_ptr", "b_weight_ptr", "c_weight_ptr"}, {"weight_ptr", "bias_ptr"}
+CALLS: dict[str, tuple[str, str, set[str], Callable[[], Any]]] = {
+    "product": ("skinny_linear", "_product_kernel", set(), lambda: skinny_linear(zeros(2, 2048), zeros(288, 2048))),
+    "sum": ("skinny_linear", "_sum_kernel", set(), lambda: skinny_linear(zeros(2, 2048), zeros(288, 2048))),
+    "split": ("dt_bc_split", "_split_kernel", _OF_SPLIT, lambda: split(zeros(2, 288).float())),
+    "split of slices": ("dt_bc_split", "_split_kernel", _OF_SPLIT, lambda: split(zeros(3, 2, 288).float())),
+    "dt, few rows": ("linear_softplus", "_tiled_kernel", _OF_TIME_STEPS, lambda: time_steps(2)),
+    "dt, more rows": ("linear_softplus", "_tiled_kernel", _OF_TIME_STEPS, lambda: time_steps(64)),
+    "dt, few outputs": ("linear_softplus", "_tiled_kernel", _OF_TIME_STEPS, lambda: time_steps(80)),
+    "dt, a large rank": ("linear_softplus", "_tiled_kernel", {"bias_ptr"}, lambda: time_steps(2, 1024)),
+    "dt, streaming": ("linear_softplus", "_streaming_kernel", set(), lambda: time_steps(600)),
+    "norm": ("rms_norm", "_rms_norm_kernel", {"weight_ptr"}, lambda: rms_norm(zeros(2, 4096), zeros(4096))),
+    "norm of a sum": (
+        "rms_norm",
+        "_rms_norm_kernel",
+        {"weight_ptr"},
+        lambda: add_rms_norm(zeros(2, 4096), zeros(2, 4096).float(), zeros(4096)),
+    ),
+}  # fmt: skip
+"""The operator's module, its kernel, the weights that this reads early, and a call of it that launches the kernel."""
+ELSEWHERE = {"_step_kernel", "state_update_rows_kernel", "dt_proj_state_update_kernel"}
+"""Those whose own modules hold the same test."""
+
+
+def compiled_for(case: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The kernel as the case's call launches it on a Hopper GPU."""
+    op, name, _, call = CALLS[case]
     module = importlib.import_module(f"tp_mamba.kernels.{op}_triton")
     kernel, recorded = getattr(module, name), Launches()
-    monkeypatch.setattr(f"tp_mamba.kernels.{op}.use_triton", lambda x: True)
-    monkeypatch.setattr(_HAS_DEPENDENT_LAUNCH, lambda device: True)
-    for other in CALLS:
-        if CALLS[other][0] == op:
-            monkeypatch.setattr(module, other, recorded if other == name else Launches())
-    call()
-    compiled = compile_as_launched(kernel, recorded.calls[0])
-    assert compiled.metadata.launch_pdl
-    ahead, wait, behind = compiled.asm["ptx"].partition("griddepcontrol.wait")
-    reads = re.compile(r"ld\.global|cp\.async|st\.global")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"tp_mamba.kernels.{op}.use_triton", lambda x: True)
+        patch.setattr(_HAS_DEPENDENT_LAUNCH, lambda device: True)
+        for other in {CALLS[each][1] for each in CALLS if CALLS[each][0] == op}:
+            patch.setattr(module, other, recorded if other == name else Launches())
+        call()
+    (launch,) = recorded.calls
+    return compile_as_launched(kernel, launch)
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_only_weights_are_read_before_the_wait(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_ahead(compiled_for(case, monkeypatch)) == CALLS[case][2]
+
+
+def test_no_kernel_that_starts_early_is_left_out() -> None:
+    from triton.runtime.jit import JITFunction
+
+    found = set()
+    for each in pkgutil.iter_modules(tp_mamba.kernels.__path__, "tp_mamba.kernels."):
+        if each.name.endswith("_triton"):
+            module = vars(importlib.import_module(each.name))
+            found |= {
+                name
+                for name, x in module.items()
+                if isinstance(x, JITFunction) and "PDL" in x.arg_names and x.module == each.name
+            }
+    helpers = {"let_next_start", "wait_for_kernel_ahead"}
+    assert found - helpers == {name for _, name, *_ in CALLS.values()} | ELSEWHERE
+
+
+def moved(ptx: str, instruction: str) -> str:
+    """``ptx`` with the wait behind the first ``instruction`` after it."""
+    ahead, wait, behind = ptx.partition("griddepcontrol.wait;")
+    first, found, rest = behind.partition(instruction)
+    line, end, rest = rest.partition(";")
     assert wait
-    assert "griddepcontrol.launch_dependents" in ahead
-    assert not reads.search(ahead)
-    assert reads.search(behind)
+    assert found
+    return ahead + first + found + line + end + wait + rest
+
+
+def test_a_wait_too_late_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a norm whose residual, x and output are read or written, one after the other, ahead of the wait."""
+    compiled = compiled_for("norm of a sum", monkeypatch)
+    ptx = compiled.asm["ptx"]
+
+    def read_in(text: str) -> set[str]:
+        return read_ahead(SimpleNamespace(asm={"ptx": text}, metadata=compiled.metadata, src=compiled.src))
+
+    assert read_in(ptx) == {"weight_ptr"}
+    assert read_in(moved(ptx, "ld.global")) == {"weight_ptr", "x_ptr"}
+    late = ptx
+    while "residual_ptr" not in read_in(late):
+        late = moved(late, "ld.global")
+    assert read_in(late) == {"weight_ptr", "x_ptr", "residual_ptr"}
+    for wrong in (
+        moved(ptx, "st.global"),
+        ptx.replace("griddepcontrol.wait;", ""),
+        ptx.replace("griddepcontrol.wait;", "@%p1 griddepcontrol.wait;"),
+        ptx.replace("griddepcontrol.wait;", "@%p1 bra $L__BB0_2; griddepcontrol.wait;"),
+        ptx.replace("griddepcontrol.wait;", "ld.b32 %r1, [%rd1]; griddepcontrol.wait;"),
+        ptx.replace("griddepcontrol.wait;", "ld.global.b32 %r1, [%rd9999]; griddepcontrol.wait;"),
+        ptx.replace("griddepcontrol.launch_dependents", "nanosleep.u32 1"),
+    ):
+        with pytest.raises(AssertionError):
+            read_in(wrong)
 
 
 @pytest.mark.gpu
