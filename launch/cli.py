@@ -28,7 +28,8 @@ from tp_mamba.launch.environment import (
 )
 from tp_mamba.launch.failures import CONSEQUENCE_GRACE_S, StoppedError, UsageError, record_failure
 from tp_mamba.launch.interrupts import ending_at_once
-from tp_mamba.launch.telling import is_teller
+from tp_mamba.launch.last_word import LastWord
+from tp_mamba.launch.telling import is_teller, tell
 
 if TYPE_CHECKING:
     from tp_mamba.tensor_parallel import TensorParallel
@@ -92,6 +93,12 @@ def verb_main(name: str, argv: list[str] | None = None) -> int:
 def execute(args: argparse.Namespace) -> int:
     """Run the verb that ``args`` name, turning every error into one sentence on stderr and a status."""
     args.debug = args.debug or os.environ.get("TP_MAMBA_DEBUG") == "1"
+    last_word = LastWord(args.verb)
+    with last_word.on_sigterm():
+        return _execute(args, last_word)
+
+
+def _execute(args: argparse.Namespace, last_word: LastWord) -> int:
     failed = True
     try:
         status = _run(args)
@@ -106,7 +113,7 @@ def execute(args: argparse.Namespace) -> int:
             # The reader (`| head`) has left: nothing to say. Python would complain again on flushing at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
-        _report(error, args)
+        _report(error, args, last_word)
         return 2 if isinstance(error, UsageError) else 1
     finally:
         leave_process_group(failed=failed)
@@ -133,15 +140,16 @@ def run_rank(args: argparse.Namespace) -> int:
     return _load(args.verb).run(args, make_tensor_parallel(args.device, args.backend))
 
 
-def _report(error: Exception, args: argparse.Namespace) -> None:
+def _report(error: Exception, args: argparse.Namespace, last_word: LastWord) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    failure = record_failure(error, rank, debug=args.debug)
-    if args.debug:
-        print(getattr(error, "trace", "") or failure.trace, file=sys.stderr, end="")
-    tells = is_teller(failure)
-    if tells:
-        where = f"rank {rank}: " if rank and not failure.consequence else ""
-        print(f"tp-mamba {args.verb}: error: {where}{failure.sentence}", file=sys.stderr, flush=True)
+    with last_word.taken():
+        failure = record_failure(error, rank, debug=args.debug)
+        if args.debug:
+            print(getattr(error, "trace", "") or failure.trace, file=sys.stderr, end="")
+        tells = is_teller(failure)
+        if tells:
+            where = f"rank {rank}: " if rank and not failure.consequence else ""
+            tell(args.verb, f"{where}{failure.sentence}")
     if failure.consequence or not tells:
         time.sleep(CONSEQUENCE_GRACE_S)
 

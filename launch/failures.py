@@ -58,6 +58,14 @@ def exit_sentence(rank: int, status: object) -> str:
     return f"rank {rank} exited with status {status} before its work was done"
 
 
+def sigterm_sentence(rank: int) -> str:
+    """What a rank says that was sent SIGTERM: only the launcher knows whether a rank or a person was the cause."""
+    return (
+        f"rank {rank} was ended by SIGTERM before its work was done: another rank ended, or the launcher was stopped; "
+        "see the launcher's report"
+    )
+
+
 def sentence_of(error: BaseException, rank: int) -> str:
     """``error`` on one line; types that a person cannot place from the text alone are named.
 

@@ -11,6 +11,24 @@ if TYPE_CHECKING:
     from tp_mamba.generation.sequence import TokenEvent
 
 
+_line_open = False
+"""Text was printed on stdout, and no end of line after it."""
+
+
+def write(text: str) -> None:
+    """Print a piece of text at once, as it is."""
+    global _line_open
+    if text:
+        _line_open = not text.endswith("\n")
+    print(text, end="", flush=True)
+
+
+def end_line() -> None:
+    """End the line of text that is open on stdout, if one is: what follows, on stderr too, gets its own."""
+    if _line_open:
+        write("\n")
+
+
 @dataclass(slots=True)
 class Output:
     """Follows the stream of tokens on every rank, and prints them on the rank that speaks.
@@ -27,8 +45,6 @@ class Output:
     pieces: list[list[str]] = field(init=False)
     token_ids: list[list[int]] = field(init=False)
     reasons: list[str | None] = field(init=False)
-    line_open: bool = field(init=False, default=False)
-    """Text was printed, and no end of line after it."""
 
     def __post_init__(self) -> None:
         self.pieces = [[] for _ in self.prompts]
@@ -38,13 +54,12 @@ class Output:
     def follow(self, events: Iterable[TokenEvent]) -> None:
         """Take every event, in order; an error on the way finds the line of text ended."""
         if self.speaks and len(self.prompts) == 1:
-            self._write(self.prompts[0])
+            write(self.prompts[0])
         try:
             for event in events:
                 self._take(event)
         finally:
-            if self.line_open:
-                self._write("\n")
+            end_line()
 
     def _take(self, event: TokenEvent) -> None:
         self.last = time.perf_counter()
@@ -57,15 +72,10 @@ class Output:
 
     def _print(self, event: TokenEvent) -> None:
         if len(self.prompts) == 1:
-            self._write((event.text or "") + ("\n" if event.finish_reason else ""))
+            write((event.text or "") + ("\n" if event.finish_reason else ""))
         elif event.finish_reason:
             text = self.prompts[event.index] + "".join(self.pieces[event.index])
-            self._write(f"[{event.index + 1}] {text}\n\n")
-
-    def _write(self, text: str) -> None:
-        if text:
-            self.line_open = not text.endswith("\n")
-        print(text, end="", flush=True)
+            write(f"[{event.index + 1}] {text}\n\n")
 
     def results(self) -> list[dict[str, Any]]:
         """One entry a prompt, in the order given."""

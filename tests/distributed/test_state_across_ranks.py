@@ -79,6 +79,6 @@ def _save_to_a_folder(tp: TensorParallel, folder: Path) -> str:
 
 def test_one_rank_failing_to_save_stops_them_all(ranks, tmp_path: Path) -> None:
     save_case("falcon-mamba", tmp_path)
-    told = ranks(2).run(_save_to_a_folder, tmp_path, timeout=30)
+    told = ranks(2).run(_save_to_a_folder, tmp_path)
     assert told[0].startswith("ValueError: the state cannot be saved as")
     assert told[1].startswith("RankFailedError: rank 0 of 2 failed: ValueError: the state cannot be saved as")

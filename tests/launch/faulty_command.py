@@ -1,4 +1,4 @@
-"""The ``tp-mamba`` command with a fault in one rank, for tests/launch/test_generate_verb.py.
+"""The ``tp-mamba`` command with a fault in one rank, for test_generate_verb.py and test_torchrun_errors.py.
 
     python faulty_command.py VICTIM loading|generating FAULT <arguments of tp-mamba>
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from rank_jobs import meet
+from rank_jobs import meet, sleep_through
 
 import tp_mamba.model
 from tp_mamba.launch import cli
@@ -36,8 +36,11 @@ def faulty_forward_packed(self: MambaForCausalLM, *args: object, **kwargs: objec
     """One forward pass, unless this rank is the victim and the time has come."""
     global steps
     steps += 1
-    if os.environ.get("RANK") == VICTIM and PLACE == "generating" and steps == STEP:
-        meet(FAULT)
+    if PLACE == "generating" and steps == STEP:
+        if os.environ.get("RANK") == VICTIM:
+            meet(FAULT)
+        elif FAULT == "kill unnoticed":
+            sleep_through()
     return forward_packed(self, *args, **kwargs)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -30,16 +33,44 @@ def reduce_for_ever(victim: int, fault: str, after: int) -> None:
 
 
 def meet(fault: str) -> None:
-    """End this process's work in one of the ways that a rank may end; leave the time in FAULT_TIME's file."""
+    """End this process's work in one of the ways that a rank may end; leave the time in FAULT_TIME's file.
+
+    Two of them say who notices first. Of "kill unnoticed" the launcher tells the other ranks, which are asleep in
+    ``sleep_through``; of "hang up" they have to tell the launcher, for this process stays.
+    """
+    while fault == "kill unnoticed" and not _asleep().exists():
+        time.sleep(0.01)
     Path(os.environ["FAULT_TIME"]).write_text(str(time.time()))
     if fault == "raise":
         raise ValueError("the weights of this rank are bad")
-    if fault == "kill":
+    if fault in ("kill", "kill unnoticed"):
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "exit":
         os._exit(7)
     if fault == "leave":
         os._exit(0)
+    if fault == "hang up":
+        _hang_up()
+        time.sleep(600)
+
+
+def sleep_through() -> None:
+    """Wait where Python runs no signal handler, as in a collective, once the victim has been let know."""
+    _asleep().touch()
+    mutex, lock = ctypes.create_string_buffer(256), ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex)
+    lock(mutex)  # without end; a sleep or a lock of Python's would run the handler
+
+
+def _asleep() -> Path:
+    return Path(os.environ["FAULT_TIME"]).with_name("asleep")
+
+
+def _hang_up() -> None:
+    for link in Path("/proc/self/fd").iterdir():
+        if link.is_socket() and int(link.name) > 2:
+            with contextlib.suppress(OSError):  # a socket without anyone at its other end
+                socket.socket(fileno=os.dup(int(link.name))).shutdown(socket.SHUT_RDWR)
 
 
 def fail_while_others_wait(victim: int) -> None:

@@ -59,7 +59,7 @@ def test_ctrl_c_while_ranks_start(to_all: bool) -> None:
             assert [parent.stdout.readline() for _ in range(2)] == [b"starting\n"] * 2
             # A terminal sends it to the whole foreground group; a supervisor may tell the launcher alone.
             (os.killpg if to_all else os.kill)(parent.pid, signal.SIGINT)
-            out, err = parent.communicate(timeout=30)
+            out, err = parent.communicate(timeout=60)  # the launcher gives the ranks 30 of them
         except BaseException:
             os.killpg(parent.pid, signal.SIGKILL)  # leaving the block waits for the parent
             raise

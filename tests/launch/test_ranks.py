@@ -86,7 +86,7 @@ def test_a_signal_ends_every_rank(signum: signal.Signals) -> None:
             assert [parent.stdout.readline() for _ in range(2)] == [b"started\n"] * 2
             # The whole foreground group, as a terminal does on Ctrl-C.
             os.killpg(parent.pid, signum)
-            _, err = parent.communicate(timeout=30)
+            _, err = parent.communicate(timeout=60)  # the launcher gives the ranks 30 of them
         except BaseException:
             os.killpg(parent.pid, signal.SIGKILL)  # leaving the block waits for the parent
             raise

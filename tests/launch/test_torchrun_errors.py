@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from tp_mamba.launch import failures, telling
-from tp_mamba.launch.failures import RankFailure
+from tp_mamba.launch.failures import RankFailure, sigterm_sentence
 from tp_mamba.launch.telling import is_teller
 
 HERE = Path(__file__).parent
+OWN = "tp-mamba generate: error: rank 1: the weights of this rank are bad"
+ENDED = f"tp-mamba generate: error: {sigterm_sentence(0)}"
 LOST = (
     "tp-mamba generate: error: rank 0 lost contact with another rank, which ended before its work was done; "
     "see that rank's error"
@@ -24,11 +26,15 @@ LOST = (
 @pytest.mark.parametrize(
     ("place", "fault", "told"),
     [
-        ("loading", "raise", "tp-mamba generate: error: rank 1: the weights of this rank are bad"),
-        ("generating", "kill", LOST),
+        ("loading", "raise", [OWN]),
+        ("generating", "hang up", [LOST]),
+        ("generating", "kill unnoticed", [ENDED]),
+        # torchrun looks every tenth of a second; the connection breaks at once, but this rank needs a processor to
+        # see it. Whoever is first, one sentence is told.
+        ("generating", "kill", [LOST, ENDED]),
     ],
 )
-def test_a_rank_that_ends(place: str, fault: str, told: str, sample: Path, tmp_path: Path) -> None:
+def test_a_rank_that_ends(place: str, fault: str, told: list[str], sample: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(HERE / "faulty_command.py"), "1", place, fault]
     command += ["generate", str(sample), "--prompt", "The", "--device", "cpu", "--ignore-eos"]
@@ -38,7 +44,9 @@ def test_a_rank_that_ends(place: str, fault: str, told: str, sample: Path, tmp_p
         command, capture_output=True, text=True, check=False, timeout=100, env=environment, cwd=tmp_path
     )
     assert done.returncode == 1
-    assert [line for line in done.stderr.splitlines() if "tp-mamba generate" in line] == [told]
+    assert time.time() - float((tmp_path / "time").read_text()) < 25  # torchrun kills after 30
+    lines = [line for line in done.stderr.splitlines() if "tp-mamba generate" in line]
+    assert lines in [[sentence] for sentence in told]
     # Nothing of ours but the sentence: the one trace is torchrun's, and ends in its report.
     assert "pair.cc" not in done.stderr
     assert "rank 1 of 2 failed" not in done.stderr
@@ -85,11 +93,11 @@ def test_word_of_a_failure_is_told_if_nobody_else_does(join) -> None:
     assert time.monotonic() - start > 0.15  # the rank on another host has had its time
 
 
-def test_before_the_ranks_have_joined_rank_0_is_let_first(join) -> None:
+def test_before_the_ranks_have_joined_rank_0_is_let_first(join, monkeypatch: pytest.MonkeyPatch) -> None:
     join(0, joined=False)
-    start = time.monotonic()
-    assert is_teller(failure_of(0))
-    assert time.monotonic() - start < 0.15
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _: pytest.fail("rank 0 waits for nobody"))
+        assert is_teller(failure_of(0))
     join(1, joined=False)
     assert not is_teller(failure_of(1))
 
