@@ -80,7 +80,7 @@ def launches(call: Callable[[], object]) -> tuple[list[Launch], float]:
     timed = [
         (event.name, tuple(kernel.name for kernel in event.kernels), sum(k.duration for k in event.kernels))
         for event in events
-        if event.kernels
+        if event.kernels and "::" in event.name  # the profiler has events of its own
     ]
     on_device = sum(e.time_range.elapsed_us() for e in events if e.device_type == DeviceType.CUDA)
     found = join(timed, traffic.seen)

@@ -33,7 +33,7 @@ def _rms_norm_kernel(
 ):  # fmt: skip
     let_next_start(PDL)
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    h = tl.arange(0, BLOCK_H)[None, :]
+    h = tl.arange(0, BLOCK_H)[None, :].to(tl.int64)
     m = (r < rows) & (h < H)
     if weight_ptr is not None:
         b_weight = tl.load(weight_ptr + h * weight_stride_h, mask=h < H, other=0.0).to(tl.float32)

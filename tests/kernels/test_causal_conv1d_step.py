@@ -21,7 +21,7 @@ HERE = [INTERPRETER, CUDA]
 PADDED = -7
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CALLS = [(2, True, "silu"), (3, False, "silu"), (4, True, None), (4, False, None), (4, True, "silu")]
-# Batches of one program and of more, the last of an odd one; channels in part of a block, whole words and not.
+# Channels in part of a block, whole words and not.
 SIZES = [(1, 8), (3, 519), (33, 20), (3, 1024), (2, 30)]
 
 
@@ -82,6 +82,24 @@ def check_bits(device: str, dtype: torch.dtype) -> None:
     # Weights that cannot be read as words: taps first in memory, and off an address of 16 bytes.
     check_case(device, inputs | {"weight": inputs["weight"].t().contiguous().t()}, "silu")
     check_case(device, inputs | {"weight": torch.cat([inputs["weight"]] * 2)[1:21]}, "silu")
+
+
+def check_rows_a_program(device: str) -> None:
+    """The bits are the same with several rows a program, the last of which has fewer; padded ones among them."""
+    from tp_mamba.kernels import causal_conv1d_step_triton as module
+
+    for rows, batch, has_slots in ((2, 3, True), (4, 9, True), (2, 5, False)):
+        inputs = make(batch, 20, 4, True, torch.bfloat16)
+        if not has_slots:
+            inputs["x"].nan_to_num_(1.0)
+            inputs["conv_state_indices"] = None
+        with mock.patch.object(module, "ROWS", rows):
+            check_case(device, inputs, "silu")
+
+
+@pytest.mark.parametrize("where", HERE)
+def test_bits_do_not_depend_on_rows_a_program(where: str) -> None:
+    run_on(where, check_rows_a_program)
 
 
 def check_case(device: str, inputs: dict[str, Any], activation: str | None) -> None:
@@ -257,7 +275,10 @@ def test_far_slots(where: str) -> None:
 
 
 def check_early_start(device: str) -> None:
-    """In a graph whose kernels ahead still write x, weights, slots and states: the bits of a plain launch."""
+    """In a graph whose kernels ahead still write x, weights, slots and states: the bits of a plain launch.
+
+    Each of x, weights, bias and slots is once the last that is written, right ahead of the kernel.
+    """
     from tp_mamba.kernels import causal_conv1d_step_triton as module
 
     inputs = on(device, make(32, 8192, 4, True, torch.bfloat16))
@@ -266,8 +287,9 @@ def check_early_start(device: str) -> None:
     outs = [torch.empty(32, 8192, dtype=torch.bfloat16, device=device) for _ in range(4)]
 
     def chain() -> None:
-        for out in outs:
-            for name in ("weight", "bias", "conv_state_indices", "x"):
+        names = ("weight", "bias", "conv_state_indices", "x")
+        for i, out in enumerate(outs):
+            for name in names[i:] + names[:i]:
                 inputs[name].zero_()
                 inputs[name].copy_(source[name])
             causal_conv1d_update(**inputs, activation="silu", out=out)

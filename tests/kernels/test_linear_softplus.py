@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_testing import (
@@ -30,14 +32,22 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [
     (1, 300, 48),
     (5, 33, 3),
+    (17, 33, 70),
     (64, 130, 80),
-    (65, 200, 48),  # from here on with the weight held: two tiles, most of the second shared with the first
+    (65, 200, 48),
     (200, 300, 17),
     (130, 70, 256),
-    (300, 128, 16),  # a program takes several tiles, and there are several programs
+    (300, 128, 16),
     (150, 40, 300),  # ranks in blocks
 ]
 """T, D, R."""
+STREAMED = [
+    (65, 200, 48),  # two tiles, most of the second shared with the first
+    (200, 300, 17),  # a program takes several tiles
+    (130, 70, 256),
+    (300, 128, 16),  # a single block of channels, without a mask
+]
+"""Sizes that are also computed as of more outputs: with the weight held."""
 
 
 @pytest.fixture(params=DEVICES)
@@ -49,6 +59,20 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 def any_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Both implementations: Triton as in ``device``, and plain torch."""
     return torch.device("cpu") if request.param == "cpu" else triton_device(request.param, monkeypatch)
+
+
+def kernels() -> Any:
+    """The kernels' module as it is now: ``triton_device`` imports another one to be interpreted."""
+    return importlib.import_module("tp_mamba.kernels.linear_softplus_triton")
+
+
+@pytest.fixture
+def streaming(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """As ``device``, but with the weight held from 65 tokens on, however few the outputs, by at most two programs."""
+    monkeypatch.setattr(kernels(), "FEW_OUTPUTS", 0)
+    monkeypatch.setattr(kernels(), "_processors", lambda device: 1)
+    monkeypatch.setattr(kernels(), "_tiled_kernel", None)
+    return device
 
 
 def make(T: int, D: int, R: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
@@ -88,6 +112,14 @@ def test_matches_float64(
     check(make(T, D, R, dtype), any_device, monkeypatch)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("T", "D", "R"), STREAMED)
+def test_streaming_matches_float64(
+    streaming: torch.device, monkeypatch: pytest.MonkeyPatch, T: int, D: int, R: int, dtype: torch.dtype
+) -> None:
+    check(make(T, D, R, dtype), streaming, monkeypatch)
+
+
 @pytest.mark.parametrize("T", [8, 80])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("step", TIME_STEPS)
@@ -100,8 +132,7 @@ def test_softplus_at_every_size(
     check(inputs, any_device, monkeypatch)
 
 
-@pytest.mark.parametrize("T", [9, 90])
-def test_bias_of_any_dtype_or_none(any_device: torch.device, monkeypatch: pytest.MonkeyPatch, T: int) -> None:
+def check_any_bias(T: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make(T, 50, 20, torch.bfloat16)
     for bias in (
         None,
@@ -109,39 +140,92 @@ def test_bias_of_any_dtype_or_none(any_device: torch.device, monkeypatch: pytest
         inputs["bias"].double(),
         inputs["bias"].repeat_interleave(2)[::2],
     ):
-        check(inputs | {"bias": bias}, any_device, monkeypatch)
+        check(inputs | {"bias": bias}, device, monkeypatch)
 
 
-@pytest.mark.parametrize("T", [1, 9, 90])
-def test_any_strides(any_device: torch.device, monkeypatch: pytest.MonkeyPatch, T: int) -> None:
+@pytest.mark.parametrize("T", [9, 90])
+def test_bias_of_any_dtype_or_none(any_device: torch.device, monkeypatch: pytest.MonkeyPatch, T: int) -> None:
+    check_any_bias(T, any_device, monkeypatch)
+
+
+def test_streaming_with_a_bias_of_any_dtype_or_none(
+    streaming: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_any_bias(90, streaming, monkeypatch)
+
+
+def check_any_strides(T: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """x as columns of a wider tensor or transposed; weight transposed or with gaps."""
     plain = make(T, 50, 20, torch.bfloat16)
     wide, tall = torch.zeros(T, 31, dtype=torch.bfloat16), torch.zeros(100, 40, dtype=torch.bfloat16)
     wide[:, 3:23], tall[::2, ::2] = plain["x"], plain["weight"]
-    expected = check(plain, any_device, monkeypatch)
+    expected = check(plain, device, monkeypatch)
     for change in (
         {"x": wide[:, 3:23]},
         {"x": plain["x"].t().contiguous().t()},
         {"weight": plain["weight"].t().contiguous().t()},
         {"weight": tall[::2, ::2]},
     ):
-        actual = check(plain | change, any_device, monkeypatch)
+        actual = check(plain | change, device, monkeypatch)
         torch.testing.assert_close(actual, expected, rtol=0.01, atol=0)
 
 
-def test_row_does_not_depend_on_its_batch(device: torch.device) -> None:
-    """Neither among few tokens nor among many, wherever in a tile a row comes to lie."""
-    inputs = to(make(300, 130, 40, torch.bfloat16), device)
+@pytest.mark.parametrize("T", [1, 9, 90])
+def test_any_strides(any_device: torch.device, monkeypatch: pytest.MonkeyPatch, T: int) -> None:
+    check_any_strides(T, any_device, monkeypatch)
+
+
+def test_streaming_of_any_strides(streaming: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_any_strides(90, streaming, monkeypatch)
+
+
+@pytest.mark.parametrize(("R", "biased"), [(40, True), (300, False)])
+def test_row_does_not_depend_on_its_batch(
+    device: torch.device, R: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a class of calls and across the borders at 16 tokens and of few outputs, wherever in a tile a row lies."""
+    D = 130
+    matmul = np.matmul
+    # In the interpreter a tile's product is numpy's, whose order of a sum may depend on the tile: not so in float64.
+    monkeypatch.setattr(np, "matmul", lambda a, b, dtype: matmul(a, b, dtype=np.float64).astype(dtype))
+    monkeypatch.setattr(kernels(), "FEW_OUTPUTS", 128 * D)  # then 129 tokens are many
+    monkeypatch.setattr(kernels(), "_processors", lambda device: 1)
+    inputs = to(make(300, D, R, torch.bfloat16), device)
+    bias = inputs["bias"] if biased else None
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        return linear_softplus(inputs["x"][start:stop], inputs["weight"], inputs["bias"])
+        # Of float32: rounded to the dtype of x, most differences would be lost.
+        out = torch.full((stop - start, D), float("nan"), device=device)
+        kernels().launch(out, inputs["x"][start:stop], inputs["weight"], bias)
+        return out
 
     whole = rows(0, 300)
-    for start, stop in ((0, 65), (37, 137), (172, 300)):
-        assert torch.equal(rows(start, stop), whole[start:stop])
+    for start, stop in ((0, 65), (37, 137), (170, 298), (171, 300)):
+        assert torch.equal(rows(start, stop), whole[start:stop]), (start, stop)
     few = rows(100, 164)
-    for start, stop in ((100, 101), (117, 140)):
-        assert torch.equal(rows(start, stop), few[start - 100 : stop - 100])
+    for start, stop in ((100, 101), (117, 133), (148, 164), (147, 164), (101, 164)):
+        assert torch.equal(rows(start, stop), few[start - 100 : stop - 100]), (start, stop)
+
+
+def test_classes_of_calls() -> None:
+    """The borders: 16 and 64 tokens, 2^21 outputs. Nothing but ``tiles`` depends on T within a class."""
+    launch_shape = kernels().launch_shape
+
+    def shape(T: int, dtype: torch.dtype = torch.bfloat16, R: int = 256) -> Any:
+        return launch_shape(T, 4096, R, dtype, 132)._replace(tiles=0)
+
+    for classes, options in (
+        ([range(1, 17), range(17, 65), range(65, 513), range(513, 3000)], {}),
+        (
+            [range(1, 17), range(17, 65), range(65, 3000)],
+            {"R": 257},
+        ),  # the weight's rows would fill the memory
+        ([range(1, 65), range(65, 3000)], {"dtype": torch.float32}),
+    ):
+        shapes = [{shape(T, **options) for T in each} for each in classes]
+        assert [len(each) for each in shapes] == [1] * len(classes)
+        assert len(set.union(*shapes)) == len(classes)
+        assert [each.pop().streaming for each in shapes] == [each[0] == 513 for each in classes]
 
 
 def test_nothing_to_do(any_device: torch.device) -> None:
@@ -193,7 +277,8 @@ def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any]) -> tuple[str
 
 
 def test_four_compilations_for_all_token_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of few rows two, of few outputs one, of many one."""
+    """Of few tokens two, of few outputs one, of many one."""
+    every = set()
     x, weight = torch.zeros(5000, 48, dtype=torch.bfloat16), torch.zeros(4096, 48, dtype=torch.bfloat16)
     for counts in ((1, 2, 16), (17, 33, 64), (65, 80, 512), (513, 1024, 5000)):
         keys = set()
@@ -202,6 +287,8 @@ def test_four_compilations_for_all_token_counts(monkeypatch: pytest.MonkeyPatch)
             keys.add(name + specialization(*recorded))
         assert len(keys) == 1
         assert (name == "_streaming_kernel") == (T == 5000)
+        every |= keys
+    assert len(every) == 4
     row = make(1, 144, 48, torch.bfloat16)
     strided = row | {"x": torch.zeros(48, 1, dtype=torch.bfloat16).t()}  # a single row of some other stride
     assert specialization(*record(monkeypatch, row)[1:]) == specialization(*record(monkeypatch, strided)[1:])
@@ -215,6 +302,7 @@ def test_programs_fill_the_gpu_once(T: int, D: int) -> None:
     from tp_mamba.kernels.linear_softplus_triton import launch_shape
 
     shape = launch_shape(T, D, 256, torch.bfloat16, 132)
+    assert shape.streaming
     runs = -(-T // (shape.BLOCK_T * shape.tiles))
     programs = runs * -(-D // shape.BLOCK_D)
     assert programs <= 264
@@ -230,6 +318,10 @@ def test_programs_fill_the_gpu_once(T: int, D: int) -> None:
         (40, 256, 160, torch.bfloat16),
         (80, 256, 512, torch.bfloat16),
         (80, 256, 256, torch.float32),
+        (65, 4096, 256, torch.bfloat16),
+        (64, 4096, 256, torch.bfloat16),
+        (17, 4096, 256, torch.bfloat16),
+        (16, 4096, 256, torch.bfloat16),
         (8, 256, 256, torch.bfloat16),
         (8, 256, 256, torch.float32),
     ],
@@ -240,8 +332,16 @@ def test_compiles_for_hopper_without_spills(
     _, *recorded = record(monkeypatch, make(T, D, R, dtype))
     compiled = compile_as_launched(*recorded)
     assert stack_bytes(compiled, tmp_path) == 0
-    assert "tf32" not in compiled.asm["ptx"]
-    assert ("wgmma.mma_async" in compiled.asm["ptx"]) == (T > 64 and dtype != torch.float32)
+    # One instruction up to 64 tokens, one above: a row's bits are the same where the tile is another.
+    products = re.findall(r"\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.m\d+n\d+\S+", compiled.asm["ptx"])
+    kinds = {re.sub(r"(m64)n\d+", r"\1", product) for product in products}
+    if dtype == torch.float32:
+        assert not products
+        assert "tf32" not in compiled.asm["ptx"]
+    else:
+        of = "bf16" if dtype == torch.bfloat16 else "f16"
+        name = f"wgmma.mma_async.sync.aligned.m64k16.f32.{of}.{of}"
+        assert kinds == {f"mma.sync.aligned.m16n8k16.row.col.f32.{of}.{of}.f32" if T <= 64 else name}
 
 
 def test_two_programs_share_a_hopper_multiprocessor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

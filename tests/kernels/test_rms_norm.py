@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conv_norm_testing import CPU, CUDA, INTERPRETER, assert_as_good, assert_same, compile_for_h100, run_on
+from conv_norm_testing import CPU, CUDA, INTERPRETER, assert_as_good, assert_same, run_on
+from kernel_testing import Launches, compile_as_launched, specialization, stack_bytes
 
 from tp_mamba.kernels.rms_norm import add_rms_norm, rms_norm
 from tp_mamba.kernels.rms_norm_reference import add_rms_norm_reference, rms_norm_reference
@@ -136,21 +139,47 @@ def test_new_row_counts_do_not_recompile(where: str) -> None:
     run_on(where, check_new_row_counts_do_not_recompile)
 
 
-@pytest.mark.parametrize("H", [16, 4096, 16384])
-def test_kernel_compiles_for_sm90_vectorised_without_spills(H: int, tmp_path: Path) -> None:
-    from tp_mamba.kernels.rms_norm_triton import _rms_norm_kernel
+def record(
+    monkeypatch: pytest.MonkeyPatch,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+) -> tuple[Any, Any]:
+    """The kernel, and the launch that a call would make on a Hopper GPU."""
+    from tp_mamba.kernels import rms_norm_triton as module
 
-    pointers = {"out_ptr": "*bf16", "x_ptr": "*bf16", "weight_ptr": "*bf16"}
-    pointers |= {"residual_ptr": "*fp32", "new_residual_ptr": "*fp32"}
-    types = {"rows": "i32", "H": "i32", "eps": "fp32", "x_stride_r": "i64", "residual_stride_r": "i64"}
-    constants = {"BLOCK_R": max(1, 1024 // H), "BLOCK_H": H, "PDL": False}
-    constants |= dict.fromkeys(("x_stride_h", "residual_stride_h", "weight_stride_h"), 1)
-    aligned = frozenset({*pointers, "H", "x_stride_r", "residual_stride_r"})
-    warps = min(32, max(4, H // 512))
-    ptx, local = compile_for_h100(_rms_norm_kernel, pointers | types, constants, aligned, warps, tmp_path)
-    assert local == 0
-    assert "ld.global.v4.b32" in ptx
-    assert "st.global.v4.b32" in ptx
+    kernel, launches = module._rms_norm_kernel, Launches()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_rms_norm_kernel", launches)
+        patch.setattr("tp_mamba.kernels.rms_norm.use_triton", lambda x: True)
+        patch.setattr("tp_mamba.kernels.dependent_launch_triton.has_dependent_launch", lambda device: True)
+        add_rms_norm(x, residual, weight)
+    (launch,) = launches.calls
+    return kernel, launch
+
+
+@pytest.mark.parametrize("H", [16, 4096, 16384])
+def test_kernel_compiles_for_sm90_vectorised_without_spills(
+    H: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As it is launched: all that is read and written, in accesses of 16 bytes."""
+    x, residual, weight = torch.zeros(5, H).bfloat16(), torch.zeros(5, H), torch.zeros(H).bfloat16()
+    compiled = compile_as_launched(*record(monkeypatch, x, residual, weight))
+    assert stack_bytes(compiled, tmp_path) == 0
+    accesses = re.findall(r"\b((?:ld|st)\.global\S*)", compiled.asm["ptx"])
+    assert {*accesses} == {"ld.global.v4.b32", "st.global.v4.b32"}
+    # A thread's elements: of 2 bytes those of x, weight and output, of 4 those of both residuals.
+    each = max(1024, H) // (32 * compiled.metadata.num_warps)
+    assert accesses.count("ld.global.v4.b32") == (2 * 2 * each + 4 * each) // 16
+    assert accesses.count("st.global.v4.b32") == (2 * each + 4 * each) // 16
+
+
+def test_one_compilation_for_all_row_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = set()
+    for rows in (1, 2, 16, 33, 1000):
+        x, residual = torch.zeros(rows, 64).bfloat16(), torch.zeros(rows, 64)
+        keys.add(specialization(*record(monkeypatch, x, residual, torch.zeros(64))))
+    assert len(keys) == 1
 
 
 def test_operators_pass_opcheck() -> None:
