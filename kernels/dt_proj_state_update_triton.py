@@ -1,11 +1,13 @@
 """Triton kernel of dt_proj's product, its softplus and the state update of one token, for what a mixer passes.
 
-A program takes eight rows of the batch and 32 or 64 channels. Its rows of dt_proj's weight are read before the kernel
-ahead has ended. Then the states of all its rows are on their way while the tensor cores multiply and the softplus is
-taken; the time steps never leave the multiprocessor. A thread owns two adjacent channels of a row with all their states
-as scalars, as in ``selective_state_update_rows_triton``, so that nothing but the time steps is exchanged.
+A program takes eight rows of the batch, or twice eight, and 32 or 64 channels. Its rows of dt_proj's weight are read
+before the kernel ahead has ended. Then the states of its first eight rows are on their way while the tensor cores
+multiply and the softplus is taken, for all its rows at once; the time steps never leave the multiprocessor. The next
+eight rows' states are loaded as the registers of the first eight come free. A thread owns two adjacent channels of a
+row with all their states as scalars, as in ``selective_state_update_rows_triton``, so that nothing but the time steps is
+exchanged.
 
-Bits are those of ``linear_softplus`` and ``selective_state_update``, one after the other.
+Bits are those of ``linear_softplus`` for up to 64 rows, and of ``selective_state_update``, one after the other.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment,misc"
@@ -29,9 +31,6 @@ STATE_SIZES = (4, 8, 16)
 """Whole loads of four states of B and C; the states of a thread's channels leave room for a second program."""
 MOST_RANK = 256
 """Of dt_proj: all of a program's part of the weight is multiplied at once."""
-MOST_OUTPUTS = 2**19
-"""Rows times channels. With more the separate kernels are faster on an H200: reading the states then takes so long
-that a launch less no longer counts, and small programs take each other's place more smoothly than large ones."""
 BLOCK_B = 8
 """Rows of the batch: the columns of the tensor core's tile."""
 BLOCK_D = 32
@@ -39,6 +38,11 @@ BLOCK_D = 32
 _FEW_ROWS, _MULTIPROCESSORS = 2, 120
 """Of up to two rows most warps have nothing to do: then half as many programs of 64 channels are faster, if there are
 still about as many as an H200 has multiprocessors."""
+_MANY_OUTPUTS = 2**18
+"""Rows times channels from which a program takes two blocks of rows, one after the other: then all programs still run at
+once, and each reads its rows of the weight, and A, for twice as many rows. Four blocks spill, and are slower."""
+_MOST_PROGRAMS = 65535
+"""Along the grid's second axis."""
 _PER_THREAD = 2
 _REGISTERS = 128
 """A thread's: 16 warps then share a multiprocessor, whose loads on their way are 64 KB of states."""
@@ -81,6 +85,15 @@ def _of_other_layout(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _blocks_of(x, BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The one or two blocks of rows of ``x``."""
+    blocks = (x,)
+    if BLOCKS == 2:
+        blocks = tl.split(tl.permute(tl.reshape(x, [2, ROWS, COLUMNS]), [1, 2, 0]))
+    return blocks
+
+
+@triton.jit
 def _rows(ptr, offset, first_d, d, PER_THREAD: tl.constexpr):
     """Pointers ``[rows, channels]``; the launcher has seen that a thread's channels of each row are a whole word."""
     WORD: tl.constexpr = PER_THREAD * ptr.dtype.element_ty.primitive_bitwidth // 8
@@ -113,6 +126,7 @@ def dt_proj_state_update_kernel(
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of rows: 1 or 2
     BLOCK_D: tl.constexpr,  # divides channels
     PER_THREAD: tl.constexpr,
     HAS_D: tl.constexpr,
@@ -123,10 +137,9 @@ def dt_proj_state_update_kernel(
 ):  # fmt: skip
     let_next_start(PDL)
     first_d = tl.program_id(0).to(tl.int64) * BLOCK_D
-    row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    first_row = tl.program_id(1).to(tl.int64) * (BLOCKS * BLOCK_B)
     d = tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
-    real = row < batch
 
     weight = tl.load(
         tl.multiple_of(weight_ptr + first_d * weight_stride_d, 16)
@@ -141,45 +154,57 @@ def dt_proj_state_update_kernel(
     skip = tl.full([1, BLOCK_D], 0.0, tl.float32)
     if HAS_D:
         skip = tl.load(D_ptr + first_d + d).to(tl.float32)[None, :]
-    slot = row
-    if HAS_SLOTS:
-        slot = tl.load(slot_ptr + row, mask=real, other=0).to(tl.int64)
-    live = (real & (slot != pad_slot_id))[:, None]
-    mask = live & (d >= 0)[None, :]
+    slots = ()
+    for i in tl.static_range(BLOCKS):
+        slot = first_row + i * BLOCK_B + tl.arange(0, BLOCK_B)
+        if HAS_SLOTS:
+            slot = tl.load(slot_ptr + slot, mask=slot < batch, other=0).to(tl.int64)
+        slots = slots + (slot,)
     wait_for_kernel_ahead(PDL)
 
-    # All on its way before the first value is used: the time steps' product comes last, behind a barrier.
-    p_state = _rows(state_ptr, slot * state_stride_s, first_d, d, PER_THREAD)
-    h = ()
-    for n in tl.static_range(N):
-        h = h + (tl.load(p_state + n * state_stride_n, mask=mask, other=0.0).to(tl.float32),)
-    x = tl.load(_rows(x_ptr, row * x_stride_b, first_d, d, PER_THREAD), mask=mask, other=0.0)
-    z = x
-    if HAS_Z:
-        z = tl.load(_rows(z_ptr, row * z_stride_b, first_d, d, PER_THREAD), mask=mask, other=0.0)
     A_WORD: tl.constexpr = PER_THREAD * A_ptr.dtype.element_ty.primitive_bitwidth // 8
-    p_a = tl.multiple_of(A_ptr + first_d, A_WORD) + d[None, :] + tl.full([BLOCK_B, 1], 0, tl.int32)
-    a = ()
-    for n in tl.static_range(N):
-        a = a + (tl.load(p_a + n * A_stride_n).to(tl.float32) * LOG2_E,)
-    p_dt = tl.multiple_of((dt_ptr + row * dt_stride_b)[:, None], [16, 16]) + r[None, :]
-    dt = tl.load(p_dt, mask=real[:, None] & (r < R)[None, :], other=0.0)
-
-    product = tl.dot(weight, dt.trans()).trans()
-    # B and C come from the L2, under the softplus: sooner, they would cost registers that a second program needs.
     THREADS: tl.constexpr = BLOCK_B * BLOCK_D // PER_THREAD
-    of_thread = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, THREADS) // (BLOCK_D // PER_THREAD)
-    b = _load_states(B_ptr + of_thread * B_stride_b, of_thread < batch, N, BLOCK_D, PER_THREAD)
-    c = _load_states(C_ptr + of_thread * C_stride_b, of_thread < batch, N, BLOCK_D, PER_THREAD)
-    delta = softplus_of_sum(product, bias).to(dt_ptr.dtype.element_ty)
-    delta = _of_other_layout(delta, BLOCK_B, BLOCK_D)
-    after, y = token_of_states(h, a, skip, skip, x, delta, z, b, c, N, HAS_D, HAS_Z, False, False)
-    p_out = _rows(out_ptr, row * out_stride_b, first_d, d, PER_THREAD)
-    tl.store(
-        p_out, tl.where(mask, y, 0.0).to(out_ptr.dtype.element_ty), mask=real[:, None] & (d >= 0)[None, :]
-    )
-    for n in tl.static_range(N):
-        tl.store(p_state + n * state_stride_n, after[n].to(state_ptr.dtype.element_ty), mask=mask)
+    a = ()
+    deltas = ()
+    for i in tl.static_range(BLOCKS):
+        row = first_row + i * BLOCK_B + tl.arange(0, BLOCK_B)
+        real, slot = row < batch, slots[i]
+        live = (real & (slot != pad_slot_id))[:, None]
+        mask = live & (d >= 0)[None, :]
+        p_state = _rows(state_ptr, slot * state_stride_s, first_d, d, PER_THREAD)
+        h = ()
+        for n in tl.static_range(N):
+            h = h + (tl.load(p_state + n * state_stride_n, mask=mask, other=0.0).to(tl.float32),)
+        x = tl.load(_rows(x_ptr, row * x_stride_b, first_d, d, PER_THREAD), mask=mask, other=0.0)
+        z = x
+        if HAS_Z:
+            z = tl.load(_rows(z_ptr, row * z_stride_b, first_d, d, PER_THREAD), mask=mask, other=0.0)
+        if i == 0:
+            # All on its way before the first value is used: the time steps' product comes last, behind a barrier.
+            p_a = tl.multiple_of(A_ptr + first_d, A_WORD) + d[None, :] + tl.full([BLOCK_B, 1], 0, tl.int32)
+            for n in tl.static_range(N):
+                a = a + (tl.load(p_a + n * A_stride_n).to(tl.float32) * LOG2_E,)
+            all_rows = first_row + tl.arange(0, BLOCKS * BLOCK_B)
+            p_dt = tl.multiple_of((dt_ptr + all_rows * dt_stride_b)[:, None], [16, 16]) + r[None, :]
+            dt = tl.load(p_dt, mask=(all_rows < batch)[:, None] & (r < R)[None, :], other=0.0)
+            product = tl.dot(weight, dt.trans()).trans()
+        # B and C come from the L2, under the softplus: sooner, they would cost registers that a second program needs.
+        of_thread = first_row + i * BLOCK_B + tl.arange(0, THREADS) // (BLOCK_D // PER_THREAD)
+        b = _load_states(B_ptr + of_thread * B_stride_b, of_thread < batch, N, BLOCK_D, PER_THREAD)
+        c = _load_states(C_ptr + of_thread * C_stride_b, of_thread < batch, N, BLOCK_D, PER_THREAD)
+        if i == 0:
+            delta = softplus_of_sum(product, bias).to(dt_ptr.dtype.element_ty)
+            deltas = _blocks_of(delta, BLOCKS, BLOCK_B, BLOCK_D)
+        delta = _of_other_layout(deltas[i], BLOCK_B, BLOCK_D)
+        after, y = token_of_states(h, a, skip, skip, x, delta, z, b, c, N, HAS_D, HAS_Z, False, False)
+        p_out = _rows(out_ptr, row * out_stride_b, first_d, d, PER_THREAD)
+        tl.store(
+            p_out,
+            tl.where(mask, y, 0.0).to(out_ptr.dtype.element_ty),
+            mask=real[:, None] & (d >= 0)[None, :],
+        )
+        for n in tl.static_range(N):
+            tl.store(p_state + n * state_stride_n, after[n].to(state_ptr.dtype.element_ty), mask=mask)
 
 
 def serves(
@@ -197,16 +222,15 @@ def serves(
 ) -> bool:
     """Whether the kernel takes these arguments; else its two parts run one after the other.
 
-    It wants few rows, 16-bit activations of one dtype, whole blocks of 32 channels, N of 4, 8 or 16, R of at most
-    256, contiguous channels of everything (of state and A too) and every row at a whole word: two channels, four
-    states, eight of dt.
+    It wants 16-bit activations of one dtype, whole blocks of 32 channels, N of 4, 8 or 16, R of at most 256, contiguous
+    channels of everything (of state and A too) and every row at a whole word: two channels, four states, eight of dt.
     """
     activations = [y for y in (x, dt, weight, z, out) if y is not None]
     if x.dtype not in (torch.bfloat16, torch.float16) or any(y.dtype != x.dtype for y in activations):
         return False
     if A.shape[1] not in STATE_SIZES or dt.shape[1] > MOST_RANK or x.shape[1] % BLOCK_D:
         return False
-    if x.numel() > MOST_OUTPUTS:
+    if triton.cdiv(len(x), row_blocks(*x.shape) * BLOCK_B) > _MOST_PROGRAMS:
         return False
     by_channel = [y for y in (x, z, out, state.mT, A.t()) if y is not None]
     vectors = [y for y in (bias, D) if y is not None]
@@ -216,6 +240,11 @@ def serves(
         and in_words(8, dt, weight)
         and in_words(1, *vectors)
     )
+
+
+def row_blocks(batch: int, channels: int) -> int:
+    """Blocks of eight rows that a program takes. Results do not depend on it."""
+    return 2 if batch > BLOCK_B and batch * channels >= _MANY_OUTPUTS else 1
 
 
 def channels_a_program(batch: int, channels: int) -> int:
@@ -244,8 +273,8 @@ def launch(
     (batch, channels), (R, n) = x.shape, (dt.shape[1], A.shape[1])
     if batch == 0 or channels == 0:
         return
-    block_d = channels_a_program(batch, channels)
-    grid = (channels // block_d, triton.cdiv(batch, BLOCK_B))
+    block_d, blocks = channels_a_program(batch, channels), row_blocks(batch, channels)
+    grid = (channels // block_d, triton.cdiv(batch, blocks * BLOCK_B))
     z_stride = 0 if z is None else z.stride(0)
     with torch.cuda.device_of(x):
         dt_proj_state_update_kernel[grid](
@@ -253,7 +282,7 @@ def launch(
             batch, -1 if slots is None else pad_slot_id, state.stride(0),
             x.stride(0), dt.stride(0), z_stride, out.stride(0), B.stride(0), C.stride(0),
             state.stride(2), A.stride(1), weight.stride(0),
-            N=n, R=R, BLOCK_R=max(16, triton.next_power_of_2(R)), BLOCK_B=BLOCK_B, BLOCK_D=block_d,
+            N=n, R=R, BLOCK_R=max(16, triton.next_power_of_2(R)), BLOCK_B=BLOCK_B, BLOCKS=blocks, BLOCK_D=block_d,
             PER_THREAD=_PER_THREAD, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
             HAS_SLOTS=slots is not None, num_warps=BLOCK_B * block_d // _PER_THREAD // 32, maxnreg=_REGISTERS,
             enable_fp_fusion=False, **early_start(x.device),

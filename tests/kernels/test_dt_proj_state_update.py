@@ -106,16 +106,17 @@ def noted_launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return launches
 
 
-@pytest.mark.parametrize("channels", [32, 64])
+@pytest.mark.parametrize(("channels", "blocks"), [(32, 1), (64, 1), (32, 2)])
 @pytest.mark.parametrize("case", CASES)
 def test_bits_are_those_of_the_two_calls(
-    case: str, channels: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    case: str, channels: int, blocks: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many channels a program takes; padded rows among them, and slots that no row names."""
+    """However many channels and rows a program takes; padded rows among them, and slots that no row names."""
     inputs, launches = CASES[case], noted_launches(monkeypatch)
     if inputs["x"].shape[1] % channels:
         pytest.skip("the launcher takes 32 then")
     monkeypatch.setattr(fused_module(), "channels_a_program", lambda *sizes: channels)
+    monkeypatch.setattr(fused_module(), "row_blocks", lambda *sizes: blocks)
     out, state = run(in_one, inputs, device)
     assert len(launches) == 1
     expected_out, expected_state = run(separately, inputs, device)
@@ -136,6 +137,21 @@ def test_matches_float64(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for actual, in_dtype, exact in zip(run(in_one, inputs, device), *results, strict=True):
         # The time steps are rounded between the two in either; twice the reference's own error is the bound.
         assert_within_twice(actual, in_dtype, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "channels"), [(64, 8192), (300, 4096)])
+def test_many_rows(batch: int, channels: int) -> None:
+    """Two blocks of rows a program: the bits of the two calls, 64 rows at a time."""
+    inputs, by_row = make(batch, channels, 16, 256), ("x", "dt", "B", "C", "z", "state_batch_indices")
+    assert fused_module().row_blocks(batch, channels) == 2
+    out, state = run(in_one, inputs, torch.device("cuda"))
+    expected_state = inputs["state"].cuda()
+    for i in range(0, batch, 64):
+        some = to({name: inputs[name][i : i + 64] for name in by_row}, torch.device("cuda"))
+        expected = separately(to(inputs, torch.device("cuda")) | some | {"state": expected_state})
+        assert torch.equal(out[i : i + 64], expected)
+    assert torch.equal(state, expected_state)
 
 
 @pytest.mark.parametrize("batch", [1, 5, 11])
@@ -160,7 +176,7 @@ def test_row_does_not_depend_on_its_batch(device: torch.device, batch: int) -> N
         {"dt": torch.randn(9, 20).bfloat16(), "weight": torch.randn(40, 20).bfloat16()},  # no whole words
         {"dtype": torch.float32},
         {"n": 32},
-        {"many": True},
+        {"many": True},  # more than a grid has room for
     ],
 )
 def test_other_calls_run_the_two_kernels(
@@ -170,7 +186,7 @@ def test_other_calls_run_the_two_kernels(
     inputs = make(9, channels, change.get("n", 16), 24, change.get("dtype", torch.bfloat16))
     inputs |= {name: x for name, x in change.items() if name in inputs}
     if "many" in change:
-        monkeypatch.setattr(fused_module(), "MOST_OUTPUTS", 9 * 32 - 1)
+        monkeypatch.setattr(fused_module(), "_MOST_PROGRAMS", 1)
     launches = noted_launches(monkeypatch)
     results = zip(run(in_one, inputs, device), run(separately, inputs, device), strict=True)
     assert all(torch.equal(actual, expected) for actual, expected in results)
@@ -215,6 +231,14 @@ def test_one_compilation_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(keys) == 1
 
 
+def test_row_blocks() -> None:
+    """Two from where all programs still run at once."""
+    blocks = fused_module().row_blocks
+    assert [blocks(batch, 8192) for batch in (1, 8, 31, 32, 256)] == [1, 1, 1, 2, 2]
+    assert [blocks(batch, 4096) for batch in (8, 32, 63, 64)] == [1, 1, 1, 2]
+    assert blocks(8, 2**20) == 1
+
+
 def test_channels_a_program() -> None:
     """64 where most warps would have no row and the programs are still as many as multiprocessors."""
     channels = fused_module().channels_a_program
@@ -222,7 +246,9 @@ def test_channels_a_program() -> None:
     assert [channels(1, D) for D in (7680, 7648, 4096, 32)] == [64, 32, 32, 32]
 
 
-@pytest.mark.parametrize(("batch", "n", "rank"), [(8, 16, 256), (1, 16, 256), (8, 8, 160), (8, 4, 48)])
+@pytest.mark.parametrize(
+    ("batch", "n", "rank"), [(8, 16, 256), (1, 16, 256), (33, 16, 256), (8, 8, 160), (8, 4, 48)]
+)
 def test_compiles_for_hopper(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch: int, n: int, rank: int
 ) -> None:
@@ -237,7 +263,7 @@ def test_compiles_for_hopper(
     # States and A, two channels a load, all before the first product; then B and C.
     before, _, after = ptx.partition("mma.sync")
     assert len(re.findall(r"ld\.global\.v2\.b32", before)) >= 2 * n
-    assert len(re.findall(r"st\.global\.v2\.b32", after)) == n
+    assert len(re.findall(r"st\.global\.v2\.b32", after)) == n * (2 if batch > 32 else 1)
     assert (
         "griddepcontrol"
         not in compile_as_launched(*record(monkeypatch, make(batch, 64, n, rank), pdl=False)).asm["ptx"]
