@@ -42,6 +42,9 @@ class SkinnyLaunch(NamedTuple):
     along its 8-column side, else the other way round: bits are the same. That lets four warps share a tile without
     Triton taking the Hopper instruction of 64 rows, where another number of rows, and so another tile, might be
     rounded differently. Else a program has at most two.
+
+    The slices are taken a step of each at a time, or, ``in_turn``, one after the other: tiles may then be taller, and
+    more but smaller steps are on their way.
     """
 
     BLOCK_M: int
@@ -51,6 +54,7 @@ class SkinnyLaunch(NamedTuple):
     num_warps: int
     num_stages: int
     x_first: bool = False
+    in_turn: bool = False
 
 
 def slice_width(N: int, K: int) -> int:
@@ -88,15 +92,21 @@ def skinny_launch(M: int, N: int, K: int) -> SkinnyLaunch:
     """
     block_m = _block_m(M)
     narrow = N <= _NARROW
+    slices = slice_count(N, K)
+    if not narrow and block_m <= 32 and slices == 4:
+        # Tiles of so many weight rows that each multiprocessor has one, over all of K.
+        for block_n, stages in ((128, 5), (64, 7)):
+            if _ENOUGH_PROGRAMS <= _ceil_div(N, block_n) <= _MULTIPROCESSORS:
+                return SkinnyLaunch(max(16, block_m), block_n, 128, 4, 4, stages, x_first=True, in_turn=True)
     if not narrow and block_m in (16, 32):
         # Tiles of 64 weight rows read x half as often. They are too few for more than one program a multiprocessor,
         # so four slices at a time are on their way.
-        programs = _ceil_div(N, 64) * _ceil_div(slice_count(N, K), 4)
-        if _ENOUGH_PROGRAMS <= programs <= _MULTIPROCESSORS and slice_count(N, K) % 4 == 0:
+        programs = _ceil_div(N, 64) * _ceil_div(slices, 4)
+        if _ENOUGH_PROGRAMS <= programs <= _MULTIPROCESSORS and slices % 4 == 0:
             return SkinnyLaunch(block_m, 64, 64, 4, num_warps=4, num_stages=4, x_first=True)
     # Every row tile reads all of x: with more rows of x, taller tiles.
     block_n = 32 if narrow or block_m <= 32 else 64
-    tiles, slices = _ceil_div(N, block_n), slice_count(N, K)
+    tiles = _ceil_div(N, block_n)
     group = min(8, _power_of_2_from(slices), 4096 // (block_m * block_n))  # 64 registers of sums a thread
     while group > 1 and tiles * _ceil_div(slices, group) < _ENOUGH_PROGRAMS * (2 if narrow else 1):
         group //= 2

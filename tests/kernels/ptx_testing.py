@@ -9,7 +9,7 @@ from typing import Any
 
 _REGISTER = re.compile(r"%\w+")
 _OF_THIS_PROGRAM = ("ld.shared", "st.shared", "cp.async.commit_group", "cp.async.wait_group")
-_READS = ("ld.global", "cp.async.ca.shared.global", "cp.async.cg.shared.global")
+_READS = ("ld.global", "cp.async.ca.shared.global", "cp.async.cg.shared.global", "prefetch.global.L2")
 _REFUSED = (
     "ld",
     "ldu",

@@ -40,6 +40,12 @@ def time_steps(T: int, R: int = 256) -> torch.Tensor:
 _OF_SPLIT, _OF_TIME_STEPS = {"dt_weight_ptr", "b_weight_ptr", "c_weight_ptr"}, {"weight_ptr", "bias_ptr"}
 CALLS: dict[str, tuple[str, str, set[str], Callable[[], Any]]] = {
     "product": ("skinny_linear", "_product_kernel", set(), lambda: skinny_linear(zeros(2, 2048), zeros(288, 2048))),
+    "product, slices in turn": (
+        "skinny_linear",
+        "_product_kernel",
+        {"weight_ptr"},
+        lambda: skinny_linear(zeros(2, 4096), zeros(8192, 4096)),
+    ),
     "sum": ("skinny_linear", "_sum_kernel", set(), lambda: skinny_linear(zeros(2, 2048), zeros(288, 2048))),
     "split": ("dt_bc_split", "_split_kernel", _OF_SPLIT, lambda: split(zeros(2, 288).float())),
     "split of slices": ("dt_bc_split", "_split_kernel", _OF_SPLIT, lambda: split(zeros(3, 2, 288).float())),

@@ -75,11 +75,10 @@ FASTEST = {
     (8, 4096, 4096): SkinnyLaunch(8, 32, 64, 4, 2, 8),
     (32, 4096, 4096): SkinnyLaunch(32, 32, 64, 4, 2, 6),
     (8, 4096, 8192): SkinnyLaunch(8, 32, 128, 8, 2, 3),
-    (8, 8192, 4096): SkinnyLaunch(8, 32, 128, 4, 2, 3),
-    (8, 16384, 4096): SkinnyLaunch(8, 32, 128, 4, 2, 3),
-    (16, 16384, 4096): SkinnyLaunch(16, 32, 128, 4, 2, 3),
-    (16, 8192, 4096): SkinnyLaunch(16, 64, 64, 4, 4, 4, x_first=True),
-    (32, 8192, 4096): SkinnyLaunch(32, 64, 64, 4, 4, 4, x_first=True),
+    (8, 8192, 4096): SkinnyLaunch(16, 64, 128, 4, 4, 7, x_first=True, in_turn=True),
+    (8, 16384, 4096): SkinnyLaunch(16, 128, 128, 4, 4, 5, x_first=True, in_turn=True),
+    (16, 16384, 4096): SkinnyLaunch(16, 128, 128, 4, 4, 5, x_first=True, in_turn=True),
+    (32, 8192, 4096): SkinnyLaunch(32, 64, 128, 4, 4, 7, x_first=True, in_turn=True),
     (16, 4096, 8192): SkinnyLaunch(16, 64, 64, 4, 4, 4, x_first=True),
     (32, 4096, 8192): SkinnyLaunch(32, 64, 64, 4, 4, 4, x_first=True),
 }
@@ -93,6 +92,9 @@ CUTS = [
     SkinnyLaunch(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, group=2, num_warps=4, num_stages=3, x_first=True),
     SkinnyLaunch(BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, group=8, num_warps=2, num_stages=3),
     SkinnyLaunch(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, group=4, num_warps=2, num_stages=3),
+    SkinnyLaunch(BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, group=2, num_warps=2, num_stages=3, in_turn=True),
+    SkinnyLaunch(BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, group=8, num_warps=2, num_stages=4, in_turn=True),
+    SkinnyLaunch(16, 64, 128, group=4, num_warps=4, num_stages=7, x_first=True, in_turn=True),
 ]
 
 
@@ -446,11 +448,12 @@ def test_cuts_fit_a_multiprocessor(N: int, K: int) -> None:
     """What the kernels rely on, and what the speed does: for the shapes of decode, programs for an H200."""
     for M in range(1, 129):
         cut = skinny_launch(M, N, K)
-        assert cut.BLOCK_M // 2 < min(64, max(M, 5)) <= cut.BLOCK_M
+        assert cut.BLOCK_M // 2 < min(64, max(M, 9 if cut.x_first else 5)) <= cut.BLOCK_M
         assert cut.num_warps <= (4 if cut.x_first and cut.BLOCK_M < 64 else 2)
         assert cut.group in (1, 2, 4, 8)
         assert slice_width(N, K) % cut.BLOCK_K == 0
-        buffers = 2 * (cut.num_stages - 1) * cut.group * (cut.BLOCK_M + cut.BLOCK_N) * cut.BLOCK_K
+        at_once = 1 if cut.in_turn else cut.group
+        buffers = 2 * (cut.num_stages - 1) * at_once * (cut.BLOCK_M + cut.BLOCK_N) * cut.BLOCK_K
         assert buffers <= 160 * 1024  # of 227
         programs = -(-N // cut.BLOCK_N) * -(-slice_count(N, K) // cut.group)
         if (N, K) in DECODE:
@@ -531,7 +534,9 @@ def test_no_compilation_for_another_stride_of_x(monkeypatch: pytest.MonkeyPatch)
         (8, 4096, 8192),
         (16, 4096, 8192),
         (32, 4096, 8192),
-        (16, 16384, 4096),
+        (8, 16384, 4096),
+        (32, 16384, 4096),
+        (32, 8192, 4096),
         (8, 4096, 4096),
         (16, 4096, 4096),
         (32, 4096, 4096),
@@ -541,7 +546,7 @@ def test_no_compilation_for_another_stride_of_x(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, M: int, N: int, K: int) -> None:
-    """Only the instruction whose sums do not depend on the tile; nothing read before the wait; no spills.
+    """Only the instruction whose sums do not depend on the tile; no values read before the wait; no spills.
 
     (Rows whose addresses are no multiples of 16 bytes are loaded element by element, which may take more registers
     than there are.)
@@ -555,7 +560,9 @@ def test_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, M:
         compiled = compile_as_launched(*recorded)
         assert stack_bytes(compiled, tmp_path) == 0 or K % 16 != 0
         assert compiled.metadata.shared <= 227 * 1024
-        assert read_ahead(compiled) == set()
+        in_turn = name == "_product_kernel" and recorded[1][1]["IN_TURN"]
+        assert read_ahead(compiled) == ({"weight_ptr"} if in_turn else set())  # into the L2 alone
+        assert ("prefetch.global.L2" in compiled.asm["ptx"]) == in_turn
         assert "wgmma" not in compiled.asm["ptx"]
         assert ("mma.sync.aligned.m16n8k16" in compiled.asm["ptx"]) == (name == "_product_kernel")
         if name == "_product_kernel" and K % 16 == 0:
