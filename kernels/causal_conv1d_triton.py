@@ -170,9 +170,11 @@ def _walk(
                     # Tokens before K - 1 are heads whatever the batch: the taps need no mask of their own.
                     p_x = x_ptr + (s - (K - 1 - k)) * x_stride_t
                     inputs = inputs + (tl.load(p_x, mask=m_d & (s >= K - 1), other=0.0).to(tl.float32),)
-                inside, start_s, _ = _owner(s, starts_ptr, num_seqs, rounds, length)
+                if s >= stop:
+                    _, start, stop = _owner(s, starts_ptr, num_seqs, rounds, length)
+                inside = s < stop
                 b_out = tl.where(inside & live, convolve(inputs, weight, bias, SILU), 0.0)
-                written = (s - start_s >= K - 1) | ~inside
+                written = (s - start >= K - 1) | ~inside
                 tl.store(out_ptr + s * out_stride_t, b_out.to(out_ptr.dtype.element_ty), mask=m_d & written)
         window = ()
         for k in tl.static_range(K - 1):
