@@ -3,9 +3,9 @@
     delta = softplus(dt @ weight.T + bias)                                       # linear_softplus
     out = selective_state_update(state, x, delta, A, B, C, D, z, ...)
 
-Bit for bit what these two give, one after the other (the first for up to 64 rows at a time: of more it may sum in another
-order). On a GPU one kernel does both where it can: the product is as short as the time steps of a few channels are, so
-that it hides under the reading of their states.
+Bit for bit what these two give, one after the other (the first for up to 64 rows at a time: of more it may sum in
+another order). On a GPU one kernel does both where it can: the product is as short as the time steps of a few channels
+are, so that it hides under the reading of their states.
 
 The op is ``tp_mamba::dt_proj_state_update``; it writes the state and ``out`` in place.
 """

@@ -4,8 +4,8 @@ A program takes eight rows of the batch, or twice eight, and 32 or 64 channels. 
 before the kernel ahead has ended. Then the states of its first eight rows are on their way while the tensor cores
 multiply and the softplus is taken, for all its rows at once; the time steps never leave the multiprocessor. The next
 eight rows' states are loaded as the registers of the first eight come free. A thread owns two adjacent channels of a
-row with all their states as scalars, as in ``selective_state_update_rows_triton``, so that nothing but the time steps is
-exchanged.
+row with all their states as scalars, as in ``selective_state_update_rows_triton``, so that nothing but the time steps
+is exchanged.
 
 Bits are those of ``linear_softplus`` for up to 64 rows, and of ``selective_state_update``, one after the other.
 """
@@ -39,8 +39,8 @@ _FEW_ROWS, _MULTIPROCESSORS = 2, 120
 """Of up to two rows most warps have nothing to do: then half as many programs of 64 channels are faster, if there are
 still about as many as an H200 has multiprocessors."""
 _MANY_OUTPUTS = 2**18
-"""Rows times channels from which a program takes two blocks of rows, one after the other: then all programs still run at
-once, and each reads its rows of the weight, and A, for twice as many rows. Four blocks spill, and are slower."""
+"""Rows times channels from which a program takes two blocks of rows, one after the other: then all programs still run
+at once, and each reads its rows of the weight, and A, for twice as many rows. Four blocks spill, and are slower."""
 _MOST_PROGRAMS = 65535
 """Along the grid's second axis."""
 _PER_THREAD = 2

@@ -25,7 +25,7 @@ from tp_mamba.kernels.skinny_linear_reference import skinny_linear_reference, sl
 
 _OP = "skinny_linear"
 _DTYPES = (torch.bfloat16, torch.float16)
-_MOST_ROWS = {(1, 4096): 32, (1, 8192): 32, (2, 4096): 32, (4, 4096): 16}
+_MOST_ROWS = {(1, 4096): 32, (1, 8192): 32, (2, 4096): 32, (4, 4096): 32}
 """By programs a multiprocessor and K, of x with a wide weight: others have not been measured."""
 _MOST_GROUPS = 32
 """Of slices that the kernel behind a product adds up by itself."""
@@ -79,9 +79,9 @@ def prefers_skinny(M: int, N: int, K: int, dtype: torch.dtype) -> bool:
 
     - a long K and so few weight rows that cuBLAS leaves most of the GPU idle (x_proj), up to 128 rows with K = 4096 and
       up to 64 with K = 8192;
-    - weight rows for one program a multiprocessor, each over all of K (out_proj), or for two (in_proj of one of two
-      GPUs), up to 32 rows with K = 4096 or 8192, or for four (in_proj), up to 16 rows with K = 4096. With more rows,
-      and for more weight rows, cuBLAS is as fast or faster.
+    - 32 weight rows for each multiprocessor and K = 4096 or 8192 (out_proj), or 64 or 128 of them and K = 4096
+      (in_proj of one of two GPUs, and of one), up to 32 rows. With more rows, and for more weight rows, cuBLAS is as
+      fast or faster.
 
     Rows of K that are no multiple of 16 could not be loaded 16 bytes at a time.
     """

@@ -89,6 +89,7 @@ def skinny_launch(M: int, N: int, K: int) -> SkinnyLaunch:
     Of M only the class decides: up to 8, 16, 32 or more. Programs take as many slices as leave enough programs: fewer
     partial sums are written then, and the chains of one program hide each other's latency. One a multiprocessor is
     enough; two for narrow weights, whose reading takes no longer than a few loads, so that all of them start at once.
+    Tiles as tall as one a multiprocessor allows, one slice after another, where that leaves no sums to another kernel.
     """
     block_m = _block_m(M)
     narrow = N <= _NARROW

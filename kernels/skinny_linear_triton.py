@@ -78,7 +78,17 @@ def _slices_at_once(
         for g in tl.static_range(GROUP):
             at = g * SLICE + i
             new_sums += (
-                _step(weight_tile, x_tile, n_mask, m_mask, k_left, at, sums[g], K % (GROUP * SLICE) != 0, X_FIRST),
+                _step(
+                    weight_tile,
+                    x_tile,
+                    n_mask,
+                    m_mask,
+                    k_left,
+                    at,
+                    sums[g],
+                    K % (GROUP * SLICE) != 0,
+                    X_FIRST,
+                ),
             )
         sums = new_sums
     return _tree_of(sums, 0, GROUP)
@@ -93,7 +103,7 @@ def _slices_in_turn(
     STEPS: tl.constexpr = SLICE // BLOCK_K
     total = zeros
     level0, level1, level2 = zeros, zeros, zeros
-    for i in range(0, GROUP * STEPS):
+    for i in range(GROUP * STEPS):
         total = _step(
             weight_tile, x_tile, n_mask, m_mask, k_left, i * BLOCK_K, total, K % (GROUP * SLICE) != 0, X_FIRST
         )
@@ -129,11 +139,7 @@ def _step(
         x_mask = x_mask & k_mask[:, None]
     weight = tl.load(weight_tile + at, mask=weight_mask, other=0.0)
     x = tl.load(x_tile + at, mask=x_mask, other=0.0)
-    if X_FIRST:
-        total = tl.dot(x.trans(), weight.trans(), total)
-    else:
-        total = tl.dot(weight, x, total)
-    return total
+    return tl.dot(x.trans(), weight.trans(), total) if X_FIRST else tl.dot(weight, x, total)
 
 
 @triton.jit(do_not_specialize=["M"])

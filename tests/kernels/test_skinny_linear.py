@@ -78,6 +78,7 @@ FASTEST = {
     (8, 8192, 4096): SkinnyLaunch(16, 64, 128, 4, 4, 7, x_first=True, in_turn=True),
     (8, 16384, 4096): SkinnyLaunch(16, 128, 128, 4, 4, 5, x_first=True, in_turn=True),
     (16, 16384, 4096): SkinnyLaunch(16, 128, 128, 4, 4, 5, x_first=True, in_turn=True),
+    (32, 16384, 4096): SkinnyLaunch(32, 128, 128, 4, 4, 5, x_first=True, in_turn=True),
     (32, 8192, 4096): SkinnyLaunch(32, 64, 128, 4, 4, 7, x_first=True, in_turn=True),
     (16, 4096, 8192): SkinnyLaunch(16, 64, 64, 4, 4, 4, x_first=True),
     (32, 4096, 8192): SkinnyLaunch(32, 64, 64, 4, 4, 4, x_first=True),
@@ -404,8 +405,7 @@ def test_prefers_itself_where_the_library_is_slower() -> None:
     rows = {
         **dict.fromkeys([(288, 4096), (160, 4096), (512, 2048)], 128),
         **dict.fromkeys([(288, 8192), (192, 5120)], 64),
-        **dict.fromkeys([(4096, 4096), (4096, 8192), (8192, 4096)], 32),
-        (16384, 4096): 16,
+        **dict.fromkeys([(4096, 4096), (4096, 8192), (8192, 4096), (16384, 4096)], 32),
         # Other wide weights, a small one, rows off the 16 bytes.
         **dict.fromkeys([(8192, 8192), (2560, 5120), (3072, 4096), (4096, 6144), (16384, 8192)], 0),
         **dict.fromkeys([(4096, 2048), (8192, 256), (80, 1536), (288, 4100)], 0),
