@@ -67,9 +67,9 @@ def _fetch_ahead(weight_rows, last_k, COLUMNS: tl.constexpr):
 @triton.jit
 def _slices_at_once(
     weight_tile, x_tile, n_mask, m_mask, k_left, zeros,
-    K: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, X_FIRST: tl.constexpr,
+    SLICE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr, X_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """The sum over GROUP slices, a step of each at a time: ``k_left`` are the columns from each of a step's on."""
+    """The sum over GROUP slices, a step of each at a time; of ``k_left`` columns where the last slice is RAGGED."""
     sums = ()
     for _ in tl.static_range(GROUP):
         sums += (zeros,)
@@ -77,19 +77,7 @@ def _slices_at_once(
         new_sums = ()
         for g in tl.static_range(GROUP):
             at = g * SLICE + i
-            new_sums += (
-                _step(
-                    weight_tile,
-                    x_tile,
-                    n_mask,
-                    m_mask,
-                    k_left,
-                    at,
-                    sums[g],
-                    K % (GROUP * SLICE) != 0,
-                    X_FIRST,
-                ),
-            )
+            new_sums += (_step(weight_tile, x_tile, n_mask, m_mask, k_left, at, sums[g], RAGGED, X_FIRST),)
         sums = new_sums
     return _tree_of(sums, 0, GROUP)
 
@@ -97,16 +85,14 @@ def _slices_at_once(
 @triton.jit
 def _slices_in_turn(
     weight_tile, x_tile, n_mask, m_mask, k_left, zeros,
-    K: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, X_FIRST: tl.constexpr,
+    SLICE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr, X_FIRST: tl.constexpr,
 ):  # fmt: skip
     """The same, one slice after the other: ``level[i]`` holds the sum of ``2^i`` of them until as many follow."""
     STEPS: tl.constexpr = SLICE // BLOCK_K
     total = zeros
     level0, level1, level2 = zeros, zeros, zeros
     for i in range(GROUP * STEPS):
-        total = _step(
-            weight_tile, x_tile, n_mask, m_mask, k_left, i * BLOCK_K, total, K % (GROUP * SLICE) != 0, X_FIRST
-        )
+        total = _step(weight_tile, x_tile, n_mask, m_mask, k_left, i * BLOCK_K, total, RAGGED, X_FIRST)
         # The last slice is added behind the loop.
         g = i // STEPS
         ended = (i % STEPS == STEPS - 1) & (g < GROUP - 1)
@@ -174,13 +160,14 @@ def _product_kernel(
     wait_for_kernel_ahead(PDL)
     zeros = tl.full([BLOCK_M, BLOCK_N] if X_FIRST else [BLOCK_N, BLOCK_M], 0.0, tl.float32)
     k_left = K - first_k - k
+    RAGGED: tl.constexpr = K % (GROUP * SLICE) != 0
     if IN_TURN:
         total = _slices_in_turn(
-            weight_tile, x_tile, n_mask, m_mask, k_left, zeros, K, SLICE, GROUP, BLOCK_K, X_FIRST
+            weight_tile, x_tile, n_mask, m_mask, k_left, zeros, SLICE, GROUP, BLOCK_K, RAGGED, X_FIRST
         )
     else:
         total = _slices_at_once(
-            weight_tile, x_tile, n_mask, m_mask, k_left, zeros, K, SLICE, GROUP, BLOCK_K, X_FIRST
+            weight_tile, x_tile, n_mask, m_mask, k_left, zeros, SLICE, GROUP, BLOCK_K, RAGGED, X_FIRST
         )
     if X_FIRST:
         total = total.trans()
