@@ -1,9 +1,9 @@
 """The selective scan in plain torch: a few tokens at a time, all channels and states of a token at once.
 
-What does not depend on the state (decays and increments) is computed for a block of tokens together; then the
-recurrence runs token after token, one multiply-add over ``[N, D]`` each; then the block is summed over its states.
-A block's temporaries ``[tokens, N, D]`` stay in the cache, are made once and used again, so memory does not grow with
-the length. Sequences follow one another: what one of them gives does not depend on the others of its batch.
+The decays, which do not depend on the state, are computed for a block of tokens together; then the recurrence runs
+token after token over ``[N, D]``, each state written over the decay that led to it; then the block is summed over its
+states. A block's one temporary ``[tokens, N, D]`` stays in the cache, is made once and used again, so memory does not
+grow with the length. Sequences follow one another: what one of them gives does not depend on the others of its batch.
 
 A recurrence over chunks of tokens in parallel would use both threads in that one step, but needs the products of the
 decays and a second pass to bring in the state that a chunk starts from: no faster, and rounding depends on the cut.
@@ -21,7 +21,7 @@ LOG2_E = 1.4426950408889634
 factor, here and in the state update, so that both round alike."""
 MATMUL_STATES = 32
 """States summed by a matrix product, which adds one after the other; above, ``sum`` adds by a tree and rounds less."""
-_BLOCK_ELEMENTS = 3 << 17  # of one temporary: 1.5 MiB of float32
+_BLOCK_ELEMENTS = 3 << 18  # of the temporary: 3 MiB of float32
 _PIECE = 4
 """Blocks whose ``[tokens, D]`` operations (gate, products) are done together: one is too small for two threads."""
 
@@ -98,7 +98,7 @@ class _Saved:
 
 
 class _Scan:
-    """What every block of a call shares: the parameters, and the two temporaries."""
+    """What every block of a call shares: the parameters, and the temporary."""
 
     def __init__(
         self,
@@ -112,10 +112,9 @@ class _Scan:
         self.dtype, self.D, self.delta_softplus = dtype, D, delta_softplus
         self.delta_bias = None if delta_bias is None else delta_bias.to(dtype)
         self.A_ND = A.t().to(dtype).contiguous()
-        self.decays = self.A_ND.new_empty(block, *self.A_ND.shape)
-        self.states = torch.empty_like(self.decays)
+        self.states = self.A_ND.new_empty(block, *self.A_ND.shape)
         # A view a token, made once: making them costs as much as the arithmetic of a small model.
-        self.steps = list(zip(self.decays.unbind(), self.states.unbind(), strict=True))
+        self.steps = self.states.unbind()
 
     def advance(
         self,
@@ -160,14 +159,12 @@ class _Scan:
 
         ``exponents, increments [tokens, 1, D]``: ``dt * LOG2_E`` and ``dt * u``; B, C as :meth:`_per_channel` gives.
         """
-        tokens, decays, states = len(y), self.decays, self.states
-        if tokens < len(self.steps):
-            decays, states = decays[:tokens], states[:tokens]
-        torch.mul(exponents, self.A_ND, out=decays).exp2_()
-        torch.mul(increments, B, out=states)
+        tokens = len(y)
+        states = self.states if tokens == len(self.steps) else self.states[:tokens]
+        torch.mul(exponents, self.A_ND, out=states).exp2_()  # the decays
         previous = h
-        for decay, state in self.steps[:tokens]:
-            previous = state.addcmul_(decay, previous)
+        for state, increment, b in zip(self.steps[:tokens], increments.unbind(), B.unbind(), strict=True):
+            previous = state.mul_(previous).addcmul_(increment, b)
         h.copy_(previous)
         if saved is not None:
             saved.take(states)

@@ -72,19 +72,21 @@ FASTEST = {
     (32, 288, 8192): SkinnyLaunch(32, 32, 64, 1, 2, 5),
     (64, 288, 8192): SkinnyLaunch(64, 32, 64, 1, 2, 5),
     (64, 288, 4096): SkinnyLaunch(64, 32, 64, 1, 2, 5),
-    (8, 4096, 4096): SkinnyLaunch(8, 32, 64, 4, 2, 8),
-    (32, 4096, 4096): SkinnyLaunch(32, 32, 64, 4, 2, 6),
-    (8, 4096, 8192): SkinnyLaunch(8, 32, 128, 8, 2, 3),
-    (8, 8192, 4096): SkinnyLaunch(16, 64, 128, 4, 4, 7, x_first=True, in_turn=True),
     (8, 16384, 4096): SkinnyLaunch(16, 128, 128, 4, 4, 5, x_first=True, in_turn=True),
     (16, 16384, 4096): SkinnyLaunch(16, 128, 128, 4, 4, 5, x_first=True, in_turn=True),
-    (32, 16384, 4096): SkinnyLaunch(32, 128, 128, 4, 4, 5, x_first=True, in_turn=True),
+    (32, 16384, 4096): SkinnyLaunch(32, 128, 128, 4, 4, 4, x_first=True, in_turn=True),
+    (8, 8192, 4096): SkinnyLaunch(16, 64, 128, 4, 4, 7, x_first=True, in_turn=True),
     (16, 8192, 4096): SkinnyLaunch(16, 64, 128, 4, 4, 7, x_first=True, in_turn=True),
-    (32, 8192, 4096): SkinnyLaunch(32, 64, 128, 4, 4, 7, x_first=True, in_turn=True),
-    (16, 4096, 8192): SkinnyLaunch(16, 64, 64, 4, 4, 4, x_first=True),
-    (32, 4096, 8192): SkinnyLaunch(32, 64, 64, 4, 4, 4, x_first=True),
+    (32, 8192, 4096): SkinnyLaunch(32, 64, 128, 4, 4, 6, x_first=True, in_turn=True),
+    (1, 4096, 8192): SkinnyLaunch(8, 32, 128, 8, 2, 3),
+    (8, 4096, 8192): SkinnyLaunch(16, 64, 128, 4, 4, 7, x_first=True, in_turn=True),
+    (16, 4096, 8192): SkinnyLaunch(16, 64, 128, 4, 4, 7, x_first=True, in_turn=True),
+    (32, 4096, 8192): SkinnyLaunch(32, 64, 128, 4, 4, 6, x_first=True, in_turn=True),
+    (8, 4096, 4096): SkinnyLaunch(16, 64, 128, 2, 4, 7, x_first=True, in_turn=True),
+    (32, 4096, 4096): SkinnyLaunch(32, 64, 128, 2, 4, 6, x_first=True, in_turn=True),
 }
-"""By M, N, K: of some thirty cuts a shape, the one that an H200 ran in the least time."""
+"""By M, N, K: of the cuts tried, some thirty a shape, the one with which a GPU ran in the least time: x_proj's alone on
+an H200, the others' within a decode step on an H100."""
 
 CUTS = [
     SkinnyLaunch(BLOCK_M=16, BLOCK_N=16, BLOCK_K=128, group=1, num_warps=1, num_stages=2),
@@ -97,6 +99,7 @@ CUTS = [
     SkinnyLaunch(BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, group=2, num_warps=2, num_stages=3, in_turn=True),
     SkinnyLaunch(BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, group=8, num_warps=2, num_stages=4, in_turn=True),
     SkinnyLaunch(16, 64, 128, group=4, num_warps=4, num_stages=7, x_first=True, in_turn=True),
+    SkinnyLaunch(16, 64, 128, group=2, num_warps=4, num_stages=6, x_first=True, in_turn=True),
 ]
 
 
@@ -431,7 +434,7 @@ def test_prefers_slices_of_narrow_weights() -> None:
 
 def test_wide_weights_in_one_launch() -> None:
     """Where a second one, which adds the slices, has not been measured to pay."""
-    for M, N, K in ((8, 4096, 8192), (32, 4096, 4096), (8, 16384, 4096), (32, 8192, 4096)):
+    for M, N, K in ((1, 4096, 8192), (8, 16384, 4096), (32, 16384, 4096), (32, 8192, 4096)):
         cut = skinny_launch(M, N, K)
         assert prefers_skinny(M, N, K, torch.bfloat16)
         assert cut.group == slice_count(N, K)
@@ -440,8 +443,18 @@ def test_wide_weights_in_one_launch() -> None:
 @pytest.mark.parametrize(("shape", "cut"), FASTEST.items())
 def test_cuts_are_the_fastest_measured(shape: tuple[int, int, int], cut: SkinnyLaunch) -> None:
     M, N, K = shape
-    for rows in range(M // 2 + 1 if M > 8 else 1, M + 1):
+    least = M // 2 + 1 if M > 8 else 1 if (1, N, K) not in FASTEST else min(M, 2)
+    for rows in range(least, M + 1):
         assert skinny_launch(rows, N, K) == cut
+
+
+@pytest.mark.parametrize("M", [8, 16, 32])
+@pytest.mark.parametrize(("N", "K"), [(16384, 4096), (8192, 4096), (4096, 8192), (4096, 4096)])
+def test_a_multiprocessor_has_room_for_one_tall_tile(M: int, N: int, K: int) -> None:
+    """And no more buffers than that takes: of two programs here and none there, the step waits for the two."""
+    cut = skinny_launch(M, N, K)
+    stage = 2 * (cut.BLOCK_M + cut.BLOCK_N) * cut.BLOCK_K
+    assert (cut.num_stages - 2) * stage <= 114 * 1024 < (cut.num_stages - 1) * stage
 
 
 @pytest.mark.parametrize(("N", "K"), [*DECODE, (192, 5120), (80, 1536), (2560, 5120), (1, 1), (65024, 4096)])

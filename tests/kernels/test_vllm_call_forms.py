@@ -160,9 +160,9 @@ def test_scan_as_the_mixer_calls_it(place: str, device: torch.device, state_dtyp
     inputs["has_initial_state"] = torch.tensor([True, False, True])
     states = randn(8, d, 16, seed=26, dtype=state_dtype)
     slots = torch.tensor([6, 2, 5], dtype=torch.int32)
-    reference_states, exact_states = states.clone(), states.double()
+    reference_states, exact_states = states.to(device, copy=True), states.double()
     exact, _ = selective_scan_reference(**double(inputs), cache_indices=slots, ssm_states=exact_states)
-    reference, _ = selective_scan_reference(**inputs, cache_indices=slots, ssm_states=reference_states)
+    reference, _ = reference_scan(inputs | {"cache_indices": slots}, device, ssm_states=reference_states)
 
     used = [6, 2, 5]
     table = torch.stack([slots, torch.tensor([1, 1, 1], dtype=torch.int32)], 1).to(device)
