@@ -286,7 +286,7 @@ def _causal_conv1d_kernel(
 
 # 512 channels are 8 bytes of bf16 a thread. A launch without bodies waits for memory, not for bandwidth, and wants more
 # programs.
-TOKEN_MAJOR = {"BLOCK_T": 8, "BLOCK_D": 512, "TILES": 8}
+TOKEN_MAJOR = {"BLOCK_T": 8, "BLOCK_D": 512, "TILES": 4}
 TOKEN_MAJOR_HEADS_ONLY = {"BLOCK_T": 8, "BLOCK_D": 128, "TILES": 8}
 CHANNEL_MAJOR = {"BLOCK_T": 64, "BLOCK_D": 32, "TILES": 1}
 

@@ -137,7 +137,14 @@ def _tall_tiles(block_m: int, N: int, slices: int) -> SkinnyLaunch | None:
             stage_bytes = 2 * (block_m + block_n) * 128
             stages = _MULTIPROCESSOR_BYTES // 2 // stage_bytes + 2  # one more than buffers
             return SkinnyLaunch(
-                block_m, block_n, 128, slices // groups, num_warps=4, num_stages=stages, x_first=True, in_turn=True
+                block_m,
+                block_n,
+                128,
+                slices // groups,
+                num_warps=4,
+                num_stages=stages,
+                x_first=True,
+                in_turn=True,
             )
     return None
 
