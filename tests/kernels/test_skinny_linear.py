@@ -255,7 +255,7 @@ def test_no_bit_depends_on_the_cut(device: torch.device, N: int, K: int) -> None
     """Six slices of 256, the last one short, end in groups of one, two, four and eight; so do four of 1024."""
     inputs = to(make(9, N, K), device)
     expected = skinny_linear(**inputs, out_dtype=torch.float32)
-    for cut in CUTS if N < 1024 else CUTS[-3::2]:
+    for cut in CUTS if N < 1024 else CUTS[-2:]:
         assert torch.equal(run_cut(inputs, cut), expected), cut
         # Of one group the sums are rounded by the kernel that made them, of several by the next.
         assert torch.equal(run_cut(inputs, cut, torch.bfloat16), expected.bfloat16()), cut
