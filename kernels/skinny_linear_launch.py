@@ -125,7 +125,7 @@ def skinny_launch(M: int, N: int, K: int) -> SkinnyLaunch:
 def _tall_tiles(block_m: int, N: int, slices: int) -> SkinnyLaunch | None:
     """One program a multiprocessor: 64 or 128 weight rows of a few slices, one after another; None where none fits.
 
-    A program's buffers are as few as leave no room for a second one: on an H100 a decode step takes 3 to 11 % longer when
+    A program has as few buffers as leave no room for a second one: on an H100 a decode step takes 3 to 11 % longer when
     some multiprocessors have two and others none, and no less time with a buffer more.
     """
     for block_n in (64, 128):
