@@ -41,13 +41,13 @@ _MOST_BUFFERS = 7
 class SkinnyLaunch(NamedTuple):
     """A program computes ``[BLOCK_M, BLOCK_N]`` results over ``group`` slices of K, ``BLOCK_K`` columns of each a step.
 
-    With ``x_first`` the rows of x lie along the 16-row side of the tensor core's instruction and those of the weight
-    along its 8-column side, else the other way round: bits are the same. That lets four warps share a tile without
-    Triton taking the Hopper instruction of 64 rows, where another number of rows, and so another tile, might be
-    rounded differently. Else a program has at most two.
-
     The slices are taken a step of each at a time, or, ``in_turn``, one after the other: tiles may then be taller, and
     more but smaller steps are on their way.
+
+    In turn, the rows of x lie along the 16-row side of the tensor core's instruction and those of the weight along its
+    8-column side, else the other way round: bits are the same. That lets four warps share a tile without Triton taking
+    the Hopper instruction of 64 rows, where another number of rows, and so another tile, might be rounded differently.
+    Else a program has at most two.
     """
 
     BLOCK_M: int
@@ -56,7 +56,6 @@ class SkinnyLaunch(NamedTuple):
     group: int
     num_warps: int
     num_stages: int
-    x_first: bool = False
     in_turn: bool = False
 
 
@@ -143,7 +142,6 @@ def _tall_tiles(block_m: int, N: int, slices: int) -> SkinnyLaunch | None:
                 slices // groups,
                 num_warps=4,
                 num_stages=stages,
-                x_first=True,
                 in_turn=True,
             )
     return None

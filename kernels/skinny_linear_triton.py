@@ -67,7 +67,7 @@ def _fetch_ahead(weight_rows, last_k, COLUMNS: tl.constexpr):
 @triton.jit
 def _slices_at_once(
     weight_tile, x_tile, n_mask, m_mask, k_left, zeros,
-    SLICE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr, X_FIRST: tl.constexpr,
+    SLICE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """The sum over GROUP slices, a step of each at a time; of ``k_left`` columns where the last slice is RAGGED."""
     sums = ()
@@ -77,7 +77,7 @@ def _slices_at_once(
         new_sums = ()
         for g in tl.static_range(GROUP):
             at = g * SLICE + i
-            new_sums += (_step(weight_tile, x_tile, n_mask, m_mask, k_left, at, sums[g], RAGGED, X_FIRST),)
+            new_sums += (_step(weight_tile, x_tile, n_mask, m_mask, k_left, at, sums[g], RAGGED, False),)
         sums = new_sums
     return _tree_of(sums, 0, GROUP)
 
@@ -85,14 +85,17 @@ def _slices_at_once(
 @triton.jit
 def _slices_in_turn(
     weight_tile, x_tile, n_mask, m_mask, k_left, zeros,
-    SLICE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr, X_FIRST: tl.constexpr,
+    SLICE: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """The same, one slice after the other: ``level[i]`` holds the sum of ``2^i`` of them until as many follow."""
+    """The same with x's rows first, one slice after the other.
+
+    ``level[i]`` holds the sum of ``2^i`` slices until as many follow.
+    """
     STEPS: tl.constexpr = SLICE // BLOCK_K
     total = zeros
     level0, level1, level2 = zeros, zeros, zeros
     for i in range(GROUP * STEPS):
-        total = _step(weight_tile, x_tile, n_mask, m_mask, k_left, i * BLOCK_K, total, RAGGED, X_FIRST)
+        total = _step(weight_tile, x_tile, n_mask, m_mask, k_left, i * BLOCK_K, total, RAGGED, True)
         # The last slice is added behind the loop.
         g = i // STEPS
         ended = (i % STEPS == STEPS - 1) & (g < GROUP - 1)
@@ -140,7 +143,7 @@ def _product_kernel(
     N: tl.constexpr, K: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    X_FIRST: tl.constexpr, IN_TURN: tl.constexpr, AHEAD: tl.constexpr,
+    IN_TURN: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     first_n = tl.program_id(0).to(tl.int64) * BLOCK_N
     group = tl.program_id(1).to(tl.int64)
@@ -158,18 +161,18 @@ def _product_kernel(
         rows = weight_ptr + tl.minimum(first_n + n, N - 1) * weight_stride_n + first_k
         _fetch_ahead(rows, K - 1 - first_k, AHEAD)
     wait_for_kernel_ahead(PDL)
-    zeros = tl.full([BLOCK_M, BLOCK_N] if X_FIRST else [BLOCK_N, BLOCK_M], 0.0, tl.float32)
+    zeros = tl.full([BLOCK_M, BLOCK_N] if IN_TURN else [BLOCK_N, BLOCK_M], 0.0, tl.float32)
     k_left = K - first_k - k
     RAGGED: tl.constexpr = K % (GROUP * SLICE) != 0
     if IN_TURN:
         total = _slices_in_turn(
-            weight_tile, x_tile, n_mask, m_mask, k_left, zeros, SLICE, GROUP, BLOCK_K, RAGGED, X_FIRST
+            weight_tile, x_tile, n_mask, m_mask, k_left, zeros, SLICE, GROUP, BLOCK_K, RAGGED
         )
     else:
         total = _slices_at_once(
-            weight_tile, x_tile, n_mask, m_mask, k_left, zeros, SLICE, GROUP, BLOCK_K, RAGGED, X_FIRST
+            weight_tile, x_tile, n_mask, m_mask, k_left, zeros, SLICE, GROUP, BLOCK_K, RAGGED
         )
-    if X_FIRST:
+    if IN_TURN:
         total = total.trans()
     tl.store(
         out_ptr + (group * M + m[None, :]) * N + first_n + n[:, None],
@@ -238,7 +241,7 @@ def launch_product(sums: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, cu
             sums, x, weight, M,
             # The stride of a single row says nothing: it must not compile a kernel of its own.
             K if M == 1 else x.stride(0), K if N == 1 else weight.stride(0), N, K, width, cut.group,
-            BLOCK_M=cut.BLOCK_M, BLOCK_N=cut.BLOCK_N, BLOCK_K=cut.BLOCK_K, X_FIRST=cut.x_first,
+            BLOCK_M=cut.BLOCK_M, BLOCK_N=cut.BLOCK_N, BLOCK_K=cut.BLOCK_K,
             IN_TURN=cut.in_turn, AHEAD=_COLUMNS_AHEAD if cut.in_turn else 0,
             num_warps=cut.num_warps, num_stages=cut.num_stages, **early_start(x.device),
         )  # fmt: skip
