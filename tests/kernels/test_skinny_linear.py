@@ -92,7 +92,7 @@ CUTS = [
     SkinnyLaunch(BLOCK_M=16, BLOCK_N=16, BLOCK_K=128, group=1, num_warps=1, num_stages=2),
     SkinnyLaunch(BLOCK_M=32, BLOCK_N=32, BLOCK_K=64, group=2, num_warps=2, num_stages=4),
     SkinnyLaunch(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, group=4, num_warps=2, num_stages=3),
-    SkinnyLaunch(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, group=4, num_warps=4, num_stages=4, in_turn=True),
+    SkinnyLaunch(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, group=4, num_warps=4, num_stages=4, in_turn=True),
     SkinnyLaunch(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, group=2, num_warps=4, num_stages=3, in_turn=True),
     SkinnyLaunch(BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, group=8, num_warps=2, num_stages=3),
     SkinnyLaunch(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, group=4, num_warps=2, num_stages=3),
@@ -206,6 +206,17 @@ def test_float32_results_are_not_rounded_on_the_way(
 def test_decode_shapes(monkeypatch: pytest.MonkeyPatch, M: int, N: int, K: int) -> None:
     for out_dtype in (torch.bfloat16, torch.float32):
         check(make(M, N, K), torch.device("cuda"), monkeypatch, out_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [9, 32])
+@pytest.mark.parametrize(
+    ("N", "K"), [(8192, 1000), (8192, 4001), (4096, 2000), (4096, 8000), (16384, 2040), (2112, 16000)]
+)
+def test_tall_tiles_of_a_ragged_k(monkeypatch: pytest.MonkeyPatch, M: int, N: int, K: int) -> None:
+    """Wide weights whose last slice is short: one to eight slices a program, in one to four groups."""
+    assert skinny_launch(M, N, K).in_turn
+    check(make(M, N, K), torch.device("cuda"), monkeypatch, torch.float32)
 
 
 @pytest.mark.parametrize("M", [1, 5, 20])
