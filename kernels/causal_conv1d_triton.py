@@ -122,60 +122,89 @@ def _owner(t, starts_ptr, num_seqs, rounds, length):
 
 
 @triton.jit
-def _load_tokens(first, last, m_d, x_ptr, x_stride_t, COUNT: tl.constexpr):
-    """The rows first .. first + COUNT - 1 as they are in memory, zeros from last on."""
+def _owner_from(first, t, count, starts_ptr, num_seqs, rounds, length, K: tl.constexpr):
+    """Start and end of the sequence that holds token ``first + t``, counted from ``first``, as far as a run sees.
+
+    Starts before K - 1 tokens ago are all alike, and so are ends beyond the run.
+    """
+    _, start, stop = _owner(first + t, starts_ptr, num_seqs, rounds, length)
+    start = tl.maximum(start - first, 1 - K).to(tl.int32)
+    return start, tl.minimum(tl.maximum(stop - first, 0), count).to(tl.int32)
+
+
+@triton.jit
+def _load_tokens(x_ptr, inside, m_d, x_stride_t: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT rows from x_ptr on as they are in memory, zeros from row ``inside`` on."""
     rows = ()
     for i in tl.static_range(COUNT):
-        rows = rows + (tl.load(x_ptr + (first + i) * x_stride_t, mask=m_d & (first + i < last), other=0.0),)
+        rows = rows + (tl.load(x_ptr + i * x_stride_t, mask=m_d & (i < inside), other=0.0),)
     return rows
 
 
 @triton.jit
+def _load_weight(d, m_d, weight_ptr, bias_ptr, stride_d, stride_k, K: tl.constexpr, PACKED: tl.constexpr):
+    """The taps, a K-tuple, and the bias of channels d, in float32."""
+    bias = tl.zeros(d.shape, tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + d, mask=m_d, other=0.0).to(tl.float32)
+    return load_taps(weight_ptr, 0, d, m_d, stride_d, stride_k, K, PACKED), bias
+
+
+@triton.jit
 def _walk(
-    first, last, m_d, x_ptr, weight, bias, out_ptr, starts_ptr, num_seqs, rounds, length, live,
-    x_stride_t, out_stride_t, K: tl.constexpr, SILU: tl.constexpr, GROUP: tl.constexpr,
+    first, count, d, m_d, x_ptr, weight_ptr, bias_ptr, out_ptr, starts_ptr, num_seqs, rounds, length, live,
+    x_stride_t: tl.constexpr, out_stride_t: tl.constexpr, weight_stride_d, weight_stride_k,
+    K: tl.constexpr, PACKED: tl.constexpr, SILU: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Tokens first .. last - 1, a group at a time; the next one on its way; a thread keeps the last K - 1 inputs.
+    """``count`` tokens from first on, a group at a time; the next one on its way; a thread keeps the last K - 1 inputs.
 
     Every token is read once, but in a group that holds a start or an end: there K times, to keep the code small.
+    x_ptr and out_ptr point at token ``first``, and tokens count from there.
     """
+    # x before the weights: what is waited for first is asked for first.
+    before = _load_tokens(x_ptr - (K - 1) * x_stride_t, K - 1, m_d & (first > 0), x_stride_t, K - 1)
+    ahead = _load_tokens(x_ptr, count, m_d, x_stride_t, GROUP)
+    weight, bias = _load_weight(d, m_d, weight_ptr, bias_ptr, weight_stride_d, weight_stride_k, K, PACKED)
     window = ()
     for k in tl.static_range(K - 1):
-        p_x = x_ptr + (first - (K - 1) + k) * x_stride_t
-        window = window + (tl.load(p_x, mask=m_d & (first > 0), other=0.0).to(tl.float32),)
-    ahead = _load_tokens(first, last, m_d, x_ptr, x_stride_t, GROUP)
-    start = first
-    stop = first
-    for j in range(tl.cdiv(last - first, GROUP).to(tl.int32)):
-        t = first + j * GROUP
+        window = window + (before[k].to(tl.float32),)
+    # The bisection, load after load, while x is on its way.
+    start, stop = _owner_from(first, 0, count, starts_ptr, num_seqs, rounds, length, K)
+    for j in range(tl.cdiv(count, GROUP)):
+        t = j * GROUP
         group = window
         for i in tl.static_range(GROUP):
             group = group + (ahead[i].to(tl.float32),)
-        ahead = _load_tokens(t + GROUP, last, m_d, x_ptr, x_stride_t, GROUP)
+        x_ptr += GROUP * x_stride_t
+        ahead = _load_tokens(x_ptr, count - (t + GROUP), m_d, x_stride_t, GROUP)
         if t >= stop:
-            _, start, stop = _owner(t, starts_ptr, num_seqs, rounds, length)
+            start, stop = _owner_from(first, t, count, starts_ptr, num_seqs, rounds, length, K)
         # (Outside all sequences stop is no later than t.)
-        if live & (t - start >= K - 1) & (t + GROUP <= tl.minimum(stop, last)):
+        if live & (t - start >= K - 1) & (t + GROUP <= stop):
             for i in tl.static_range(GROUP):
                 inputs = ()
                 for k in tl.static_range(K):
                     inputs = inputs + (group[i + k],)
                 b_out = convolve(inputs, weight, bias, SILU)
-                tl.store(out_ptr + (t + i) * out_stride_t, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
+                tl.store(out_ptr + i * out_stride_t, b_out.to(out_ptr.dtype.element_ty), mask=m_d)
         else:
-            for i_s in range(tl.minimum(last - t, GROUP).to(tl.int32)):
+            for i_s in range(tl.minimum(count - t, GROUP)):
                 s = t + i_s
+                row = tl.zeros((), tl.int64) + i_s
+                p_x = x_ptr + (row - GROUP - (K - 1)) * x_stride_t
                 inputs = ()
                 for k in tl.static_range(K):
                     # Tokens before K - 1 are heads whatever the batch: the taps need no mask of their own.
-                    p_x = x_ptr + (s - (K - 1 - k)) * x_stride_t
-                    inputs = inputs + (tl.load(p_x, mask=m_d & (s >= K - 1), other=0.0).to(tl.float32),)
+                    b_x = tl.load(p_x + k * x_stride_t, mask=m_d & (first + s >= K - 1), other=0.0)
+                    inputs = inputs + (b_x.to(tl.float32),)
                 if s >= stop:
-                    _, start, stop = _owner(s, starts_ptr, num_seqs, rounds, length)
+                    start, stop = _owner_from(first, s, count, starts_ptr, num_seqs, rounds, length, K)
                 inside = s < stop
                 b_out = tl.where(inside & live, convolve(inputs, weight, bias, SILU), 0.0)
-                written = (s - start >= K - 1) | ~inside
-                tl.store(out_ptr + s * out_stride_t, b_out.to(out_ptr.dtype.element_ty), mask=m_d & written)
+                written = (s - start >= K - 1) | (s >= stop)
+                p_out = out_ptr + row * out_stride_t
+                tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_d & written)
+        out_ptr += GROUP * out_stride_t
         window = ()
         for k in tl.static_range(K - 1):
             window = window + (group[GROUP + k],)
@@ -183,14 +212,14 @@ def _walk(
 
 @triton.jit
 def _tiles(
-    first, m_d, x_ptr, weight, bias, out_ptr, starts_ptr, num_seqs, rounds, length, live,
-    x_stride_t, out_stride_t, K: tl.constexpr, SILU: tl.constexpr, BLOCK_T: tl.constexpr, TILES: tl.constexpr,
+    first, count, m_d, x_ptr, weight, bias, out_ptr, starts_ptr, num_seqs, rounds, length, live,
+    x_stride_t, out_stride_t, K: tl.constexpr, SILU: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """The tokens from first on where neighbouring threads read neighbouring tokens: each is read K times."""
+    """``count`` tokens from first on where neighbouring threads read neighbouring tokens: each is read K times."""
     weight_2d = ()
     for k in tl.static_range(K):
         weight_2d = weight_2d + (weight[k][None, :],)
-    for tile in range(tl.minimum(TILES, tl.cdiv(length - first, BLOCK_T)).to(tl.int32)):
+    for tile in range(tl.cdiv(count, BLOCK_T)):
         t = first + tile * BLOCK_T + tl.arange(0, BLOCK_T)
         # Tokens before K - 1 are heads whatever the batch: the taps need no mask of their own.
         m_x = ((t >= K - 1) & (t < length))[:, None] & m_d[None, :]
@@ -209,8 +238,11 @@ def _tiles(
 
 # Whatever varies from batch to batch compiles no other variant: lengths, counts, strides that follow a
 # length, and the alignment of index tensors, which are often slices of longer ones.
+_VARYING = ["length", "num_seqs", "rounds", "num_heads", "runs", "run_tokens", "x_stride_d", "out_stride_d"]
+
+
 @triton.jit(
-    do_not_specialize=["length", "num_seqs", "rounds", "num_heads", "runs", "x_stride_d", "out_stride_d"],
+    do_not_specialize=_VARYING,
     do_not_specialize_on_alignment=["starts_ptr", "slots_ptr", "initial_ptr"],
 )
 def _causal_conv1d_kernel(
@@ -222,38 +254,35 @@ def _causal_conv1d_kernel(
     starts_ptr,  # [S + 1] integers: packed batch; None: dense batch
     slots_ptr,  # [S] integers or None: slot s is sequence s
     initial_ptr,  # [S] bool or None
-    D,
     length: tl.int64,  # L, or T of a packed batch
     num_seqs,
     rounds,  # of the bisection: enough for num_seqs + 1 entries
     num_heads,  # head programs for each block of channels
     runs,  # body programs for each block of channels (and sequence of a dense batch)
+    run_tokens,  # of a body program, a multiple of BLOCK_T
     pad_slot_id,
-    x_stride_b: tl.int64, x_stride_d: tl.int64, x_stride_t: tl.int64,
-    out_stride_b: tl.int64, out_stride_d: tl.int64, out_stride_t: tl.int64,
+    x_stride_b: tl.int64, x_stride_d: tl.int64, out_stride_b: tl.int64, out_stride_d: tl.int64,
     weight_stride_d, weight_stride_k,
     states_stride_s: tl.int64, states_stride_d: tl.int64, states_stride_k: tl.int64,
+    # A model has one of each, whatever the batch: as constants they fold into addresses, masks and divisions.
+    D: tl.constexpr, x_stride_t: tl.constexpr, out_stride_t: tl.constexpr,
     K: tl.constexpr, HEAD: tl.constexpr, STATE_LEN: tl.constexpr,
     X_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, STATES_UNIT: tl.constexpr,
     ALL_INITIAL: tl.constexpr, ZERO_NULL: tl.constexpr, PACKED: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Blocks of channels vary fastest: neighbouring programs read neighbouring addresses.
-    blocks_d = tl.cdiv(D, BLOCK_D)
+    blocks_d: tl.constexpr = tl.cdiv(D, BLOCK_D)
     i_d = tl.program_id(0) % blocks_d
     i = tl.program_id(0) // blocks_d
     d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = d < D
+    m_d = (d >= 0) if D % BLOCK_D == 0 else (d < D)
     # A length-dependent stride (channel-major x) must not be specialised, a unit one must.
     x_ptr += d if X_UNIT else d * x_stride_d
     out_ptr += d if OUT_UNIT else d * out_stride_d
 
-    weight = load_taps(weight_ptr, 0, d, m_d, weight_stride_d, weight_stride_k, K, PACKED)
-    bias = tl.zeros((BLOCK_D,), tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + d, mask=m_d, other=0.0).to(tl.float32)
-
     if i < num_heads:
+        weight, bias = _load_weight(d, m_d, weight_ptr, bias_ptr, weight_stride_d, weight_stride_k, K, PACKED)
         x_seq, out_seq = x_ptr, out_ptr
         if starts_ptr is None:
             x_seq += i.to(tl.int64) * x_stride_b
@@ -265,30 +294,53 @@ def _causal_conv1d_kernel(
         )  # fmt: skip
     else:
         run = i - num_heads
-        seq = run // runs
-        first = (run % runs).to(tl.int64) * (BLOCK_T * TILES)
-        x_ptr += seq.to(tl.int64) * x_stride_b
-        out_ptr += seq.to(tl.int64) * out_stride_b
+        seq = 0
+        if starts_ptr is None:
+            seq = run // runs
+            run = run % runs
+            x_ptr += seq.to(tl.int64) * x_stride_b
+            out_ptr += seq.to(tl.int64) * out_stride_b
+        first = run.to(tl.int64) * run_tokens
+        count = tl.minimum(length - first, run_tokens).to(tl.int32)
         live = first >= 0
         if ZERO_NULL and slots_ptr is not None:
             live = tl.load(slots_ptr + seq) != pad_slot_id
         if X_UNIT and OUT_UNIT:
             _walk(
-                first, tl.minimum(first + BLOCK_T * TILES, length), m_d, x_ptr, weight, bias, out_ptr, starts_ptr,
-                num_seqs, rounds, length, live, x_stride_t, out_stride_t, K, SILU, BLOCK_T,
+                first, count, d, m_d, x_ptr + first * x_stride_t, weight_ptr, bias_ptr,
+                out_ptr + first * out_stride_t, starts_ptr, num_seqs, rounds, length, live,
+                x_stride_t, out_stride_t, weight_stride_d, weight_stride_k, K, PACKED, SILU, BLOCK_T,
             )  # fmt: skip
         else:
+            weight, bias = _load_weight(
+                d, m_d, weight_ptr, bias_ptr, weight_stride_d, weight_stride_k, K, PACKED
+            )
             _tiles(
-                first, m_d, x_ptr, weight, bias, out_ptr, starts_ptr, num_seqs, rounds, length, live,
-                x_stride_t, out_stride_t, K, SILU, BLOCK_T, TILES,
+                first, count, m_d, x_ptr, weight, bias, out_ptr, starts_ptr, num_seqs, rounds, length, live,
+                x_stride_t, out_stride_t, K, SILU, BLOCK_T,
             )  # fmt: skip
 
 
 # 512 channels are 8 bytes of bf16 a thread. A launch without bodies waits for memory, not for bandwidth, and wants more
 # programs.
-TOKEN_MAJOR = {"BLOCK_T": 8, "BLOCK_D": 512, "TILES": 4}
-TOKEN_MAJOR_HEADS_ONLY = {"BLOCK_T": 8, "BLOCK_D": 128, "TILES": 8}
-CHANNEL_MAJOR = {"BLOCK_T": 64, "BLOCK_D": 32, "TILES": 1}
+TOKEN_MAJOR = {"BLOCK_T": 8, "BLOCK_D": 512}
+TOKEN_MAJOR_HEADS_ONLY = {"BLOCK_T": 8, "BLOCK_D": 128}
+CHANNEL_MAJOR = {"BLOCK_T": 64, "BLOCK_D": 32}
+
+_SHORT_RUN, _LONG_RUN = 2, 4
+"""Groups of BLOCK_T tokens a program walks. Each program reads K - 1 inputs before its own, and waits for its first."""
+_FEW_PROGRAMS = 2048
+"""Some four waves of them. With fewer, long runs; with more, others compute while one waits, and short runs are up to
+2 % faster."""
+
+
+def tokens_a_run(tokens: int, blocks_d: int, block_t: int, by_rows: bool) -> int:
+    """How many of ``tokens`` a body program takes, for ``blocks_d`` blocks of channels. Results do not depend on it."""
+    if not by_rows:
+        return block_t
+    longest = block_t * _LONG_RUN
+    few = triton.cdiv(tokens, longest) * blocks_d <= _FEW_PROGRAMS
+    return longest if few else block_t * _SHORT_RUN
 
 
 def launch(
@@ -328,24 +380,29 @@ def launch(
     else:
         head, has_body = width - 1, length > 0
     blocks = TOKEN_MAJOR if has_body else TOKEN_MAJOR_HEADS_ONLY
-    if x.stride(1) != 1:
+    by_rows = x.stride(1) == 1
+    if not by_rows:
         blocks = CHANNEL_MAJOR
-    block_t, block_d, tiles = blocks["BLOCK_T"], blocks["BLOCK_D"], blocks["TILES"]
+    block_t, block_d = blocks["BLOCK_T"], blocks["BLOCK_D"]
     block_d = min(block_d, triton.next_power_of_2(channels))
-    runs = triton.cdiv(length, block_t * tiles) if has_body else 0
+    blocks_d = triton.cdiv(channels, block_d)
+    run_tokens = tokens_a_run(batch * length, blocks_d, block_t, by_rows)
+    runs = triton.cdiv(length, run_tokens) if has_body else 0
     num_heads = num_seqs if head > 0 else 0
-    programs = (num_heads + batch * runs) * triton.cdiv(channels, block_d)
+    programs = (num_heads + batch * runs) * blocks_d
     if programs == 0:
         return
     state_len = 1 if states is None else states.shape[2]
     with torch.cuda.device_of(x):
         _causal_conv1d_kernel[(programs,)](
             out, x, weight, bias, states, query_start_loc, cache_indices, has_initial_state,
-            channels, length, num_seqs, (num_seqs + 1).bit_length(), num_heads, max(runs, 1), pad_slot_id,
-            *x.stride(), *out.stride(), *weight.stride(), *((0, 0, 0) if states is None else states.stride()),
+            length, num_seqs, (num_seqs + 1).bit_length(), num_heads, max(runs, 1), run_tokens, pad_slot_id,
+            *x.stride()[:2], *out.stride()[:2], *weight.stride(),
+            *((0, 0, 0) if states is None else states.stride()),
+            D=channels, x_stride_t=x.stride(2), out_stride_t=out.stride(2),
             K=width, HEAD=head, STATE_LEN=state_len,
-            X_UNIT=x.stride(1) == 1, OUT_UNIT=out.stride(1) == 1,
+            X_UNIT=by_rows, OUT_UNIT=out.stride(1) == 1,
             STATES_UNIT=states is not None and states.stride(1) == 1,
             ALL_INITIAL=all_initial, ZERO_NULL=zero_null, PACKED=is_packed(weight), SILU=silu,
-            BLOCK_T=block_t, BLOCK_D=block_d, TILES=tiles, num_warps=4,
+            BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip

@@ -10,22 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from conv_norm_testing import (
-    CPU,
-    CUDA,
-    INTERPRETER,
-    assert_as_good,
-    assert_same,
-    compile_for_h100,
-    poison,
-    run_on,
-)
+from conv_norm_testing import CPU, CUDA, INTERPRETER, assert_as_good, assert_same, poison, run_on
+from kernel_testing import Launches, compile_as_launched, specialization, stack_bytes
 
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from tp_mamba.kernels.causal_conv1d_reference import causal_conv1d_reference, causal_conv1d_update_reference
 
 EVERYWHERE = [CPU, INTERPRETER, CUDA]
 DTYPES = [torch.float32, torch.bfloat16]
+BATCHES = ((1,), (5, 8), (16,), (1, 1, 1), (17, 64, 0, 100), (3,) * 16, (40_000,))
+"""Whose packed batches run the same compiled kernel. (Channel-major, the first is a row like any other.)"""
 LENGTHS = (3, 0, 1, 70, 2, 0, 9)  # across the runs of a body program, at its edges, shorter than K - 1, empty
 
 
@@ -325,7 +319,7 @@ def check_new_lengths_do_not_recompile(device: str) -> None:
     for channel_major in (False, True):
         call((5, 8), channel_major)
         before = variants()
-        for lengths in ((1,), (16,), (1, 1, 1), (17, 64, 0, 100), (3,) * 16, (1000,)):
+        for lengths in BATCHES[channel_major:]:
             call(lengths, channel_major)
         assert variants() == before > 0
 
@@ -358,73 +352,69 @@ def test_large_tensors(where: str) -> None:
     run_on(where, check_large)
 
 
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "update"])
-def test_kernel_compiles_for_sm90_vectorised_without_spills(packed: bool, tmp_path: Path) -> None:
+def record(
+    monkeypatch: pytest.MonkeyPatch, x: torch.Tensor, lengths: tuple[int, ...], *, dense: bool = False
+) -> tuple[Any, Any]:
+    """What a packed batch ``x [D, T]``, or a dense one of one sequence, launches on a GPU: kernel, arguments."""
+    from tp_mamba.kernels import causal_conv1d_triton as module
+
+    kernel, launches = module._causal_conv1d_kernel, Launches()
+    weight, bias = weights(x.shape[0], 4, True, x.dtype, "cpu")
+    states = torch.zeros(20, 3, x.shape[0], dtype=x.dtype).mT
+    slots = torch.arange(20, dtype=torch.int32)[len(lengths) % 4 :][: len(lengths)]
+    packed = {"query_start_loc": starts_of(lengths, "cpu"), "cache_indices": slots, "conv_states": states}
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_causal_conv1d_kernel", launches)
+        patch.setattr("tp_mamba.kernels.causal_conv1d.use_triton", lambda x: True)
+        if dense:
+            causal_conv1d_fn(x[None], weight, bias, activation="silu")
+        else:
+            causal_conv1d_fn(x, weight, bias, activation="silu", **packed)
+    (call,) = launches.calls
+    return kernel, call
+
+
+def test_no_length_compiles_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for channel_major in (False, True):
+        keys = set()
+        for lengths in BATCHES[channel_major:]:
+            x = token_major(sum(lengths), 64, torch.bfloat16, "cpu")
+            keys.add(specialization(*record(monkeypatch, x.contiguous() if channel_major else x, lengths)))
+        assert len(keys) == 1
+
+
+@pytest.mark.parametrize(("channels", "dense"), [(8192, False), (4096, True), (16 * 513, False)])
+def test_prompts_compile_for_sm90_vectorised_without_spills(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, channels: int, dense: bool
+) -> None:
     from triton import knobs
 
-    from tp_mamba.kernels.causal_conv1d_triton import (
-        TOKEN_MAJOR,
-        TOKEN_MAJOR_HEADS_ONLY,
-        _causal_conv1d_kernel,
-    )
+    x = torch.empty(16, 2 * channels, dtype=torch.bfloat16)[:, :channels].t()
+    compiled = compile_as_launched(*record(monkeypatch, x, (16,), dense=dense))
+    assert stack_bytes(compiled, tmp_path) == 0
+    assert compiled.metadata.shared == 0
+    ptx = compiled.asm["ptx"]
+    assert "shfl" not in ptx
+    # Four channels a thread, their weights in two loads, for heads and for bodies; four programs a multiprocessor.
+    assert set(re.findall(r"st\.global\S*", ptx)) == {"st.global.v2.b32"}
+    assert ptx.count("ld.global.v2.b64") == 2 * 2
+    assert not re.search(r"ld\.global\.b16", ptx)
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(tmp_path / "kernel.cubin")]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None
+    assert int(registers[1]) <= 128
 
-    pointers = dict.fromkeys(("out_ptr", "x_ptr", "weight_ptr", "bias_ptr", "states_ptr"), "*bf16")
-    pointers |= {"starts_ptr": "*i32", "slots_ptr": "*i32", "initial_ptr": "*i1"}
-    types = dict.fromkeys(
-        ("D", "num_seqs", "rounds", "num_heads", "runs", "pad_slot_id", "weight_stride_d"), "i32"
-    )
-    types["length"] = "i64"
-    strides = [f"{name}_stride_{axis}" for name in ("x", "out") for axis in "bdt"]
-    types |= dict.fromkeys([*strides, "states_stride_s", "states_stride_d", "states_stride_k"], "i64")
-    constants: dict[str, Any] = {
-        "K": 4,
-        "HEAD": 3,
-        "STATE_LEN": 3,
-        "X_UNIT": True,
-        "OUT_UNIT": True,
-        "STATES_UNIT": True,
-        "PACKED": True,
-    }
-    constants |= {
-        "ALL_INITIAL": False,
-        "ZERO_NULL": False,
-        "SILU": True,
-        "weight_stride_k": 1,
-    }
-    constants |= TOKEN_MAJOR if packed else TOKEN_MAJOR_HEADS_ONLY
-    if not packed:
-        constants |= {
-            "HEAD": 1,
-            "ALL_INITIAL": True,
-            "ZERO_NULL": True,
-            "starts_ptr": None,
-            "initial_ptr": None,
-        }
-    aligned = frozenset(
-        {
-            *pointers,
-            "D",
-            "x_stride_b",
-            "x_stride_t",
-            "out_stride_b",
-            "out_stride_t",
-            "states_stride_s",
-            "states_stride_k",
-        }
-    )
-    ptx, local = compile_for_h100(_causal_conv1d_kernel, pointers | types, constants, aligned, 4, tmp_path)
-    assert local == 0
-    assert not re.search(r"(ld|st)\.shared|shfl", ptx)
-    if packed:
-        # Four channels a thread, their weights in two loads; four programs a multiprocessor.
-        assert set(re.findall(r"st\.global\S*", ptx)) == {"st.global.v2.b32"}
-        assert ptx.count("ld.global.v2.b64") == 2
-        assert not re.search(r"ld\.global\.b16", ptx)
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(tmp_path / "kernel.cubin")]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers = re.search(r"REG:(\d+)", usage)
-        assert registers is not None
-        assert int(registers[1]) <= 128
+
+def test_run_length() -> None:
+    """One wave or a few of long runs, short ones from where many programs wait beside each other."""
+    from tp_mamba.kernels.causal_conv1d_triton import tokens_a_run
+
+    assert [tokens_a_run(tokens, 16, 8, True) for tokens in (1, 2048, 4096, 4097, 8192, 2**31)] == [
+        32, 32, 32, 16, 16, 16,
+    ]  # fmt: skip
+    assert tokens_a_run(8192, 8, 8, True) == 32
+    assert tokens_a_run(8192, 256, 64, False) == 64
 
 
 def test_float64_is_computed_in_float64() -> None:
