@@ -1,19 +1,19 @@
 """The one-step state update for the layout that a mixer has: channels contiguous, B and C one group.
 
-A thread owns two adjacent channels with all their states as scalars in registers: nothing is exchanged, every state
-is read and written once, two channels an access, and B and C arrive four states a load. A program takes a few rows
-of the batch one after another, so that A, as large as a row's state, is read once for all of them. The next row's
-slot is on its way while a row is computed.
+A thread owns four adjacent channels with four of their states, ``N / 4`` lanes a channel: every state is read and
+written once, in words of four channels, and B and C arrive four states a load. Lanes exchange only their part of the
+output's sum, by shuffles. A program takes one row of the batch. Addresses, A, D
+and the row's slot are had before the kernel ahead has ended.
 
-The time is that of moving the states, so what counts is how many loads are on their way. All of a row's are issued
-before the first value is used. Left to itself the compiler saves registers and puts the loads of later states behind
-the exponentials of earlier ones. The branch over padded rows stops that: the loads stand before it, under a condition
-that depends on the row. (What the compiler makes of it is no promise: a test reads the machine code.)
+The time is that of moving the states, so what counts is how many loads are on their way, and how soon after the wait.
+Left to itself the compiler saves registers and puts the loads of later states behind the exponentials of earlier ones.
+What it cannot know, that the argument ``zero`` is zero, stops that: the time step waits for all of a thread's states.
 
 Bits are those of ``selective_state_update_triton``: the sum over states is cut and added in one order everywhere.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment,misc"
+# ruff: noqa: RUF005 (Triton does not parse starred elements of a tuple)
 
 from __future__ import annotations
 
@@ -23,48 +23,54 @@ import torch
 import triton
 import triton.language as tl
 
-from tp_mamba.kernels.approx_triton import LOG2_E
+from tp_mamba.kernels.approx_triton import LOG2_E, silu, softplus
 from tp_mamba.kernels.dependent_launch_triton import early_start, let_next_start, wait_for_kernel_ahead
-from tp_mamba.kernels.ssm_token_triton import jit_by_type, token_of_states
+from tp_mamba.kernels.ssm_token_triton import jit_by_type, recur
 
 STATE_SIZES = (4, 8, 16, 32)
-"""Whole loads of four states of B and C; the states of a thread's channels fit its registers."""
-_PER_THREAD = 2
-"""Channels: 8 bytes of float32 an access. With four, 16 states each would leave room for half the warps."""
-_WARPS = 2
-"""A program: few, so that a batch of one is spread over the GPU."""
-_RESIDENT_STATES = 2**21
-"""States that all multiprocessors of an H200 hold at once: 16 warps of 64 channels with 16 states, 128 registers."""
-_MOST_ROWS = 2
-"""A program: A then adds half of a row's state to what is read, from L2. On an H200 four rows take 1 to 4 % longer."""
+"""Whole loads of four states of B and C, whose lanes fit a warp."""
+_PER_THREAD = 4
+"""Channels: 16 bytes of float32 an access. With two, and twice as many threads, it takes 4 to 7 % longer."""
+_WARPS = 4
+"""A program. Two are as fast; one is not: a GPU starts some 0.7 programs a nanosecond, however small they are."""
 
 
 @triton.jit
-def _channels(ptr, offset, d, PER_THREAD: tl.constexpr):
-    """Pointers to the channels ``d`` at ``ptr + offset``, which the launcher has seen to be a thread's whole word."""
-    WORD: tl.constexpr = PER_THREAD * ptr.dtype.element_ty.primitive_bitwidth // 8
-    return tl.multiple_of(ptr + offset, WORD) + d
+def _add(x, y):
+    return x + y
 
 
 @triton.jit
-def _load_states(ptr, offset, live, N: tl.constexpr, BLOCK_D: tl.constexpr, PER_THREAD: tl.constexpr):
-    """A row's B or C: N tensors ``[BLOCK_D]`` float32, each of one value; four states, aligned as such, in a load."""
-    FOUR: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 2  # in bytes
-    THREADS: tl.constexpr = BLOCK_D // PER_THREAD
-    four = tl.full([THREADS, 1], 0, tl.int32) + tl.arange(0, 4)[None, :]
-    ptr = tl.multiple_of(ptr + offset, FOUR)
+def _words(ptr, offset, PER_THREAD: tl.constexpr):
+    """``ptr + offset``, which the launcher has seen to be a whole word of channels."""
+    return tl.multiple_of(ptr + offset, PER_THREAD * ptr.dtype.element_ty.primitive_bitwidth // 8)
+
+
+@triton.jit
+def _four_states(ptr, offset, live, LANES: tl.constexpr, WARPS: tl.constexpr, PER_THREAD: tl.constexpr):
+    """A row's B or C: the four states of a thread's lane, 4 tensors ``[WARPS * LANES, channels of a warp]`` float32."""
+    THREADS: tl.constexpr = 32 * WARPS
+    lane = tl.arange(0, THREADS) // (32 // LANES) % LANES
+    ptr = _words(ptr, offset, 4)
+    x = tl.load(ptr + (4 * lane[:, None] + tl.arange(0, 4)[None, :]), mask=live).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, [THREADS, 2, 2]))
+    s0, s2 = tl.split(even)
+    s1, s3 = tl.split(odd)
     states = ()
-    for m in tl.static_range(N // 4):
-        x = tl.load(tl.multiple_of(ptr + m * 4, FOUR) + four, mask=live).to(tl.float32)
-        even, odd = tl.split(tl.reshape(x, [THREADS, 2, 2]))
-        s0, s2 = tl.split(even)
-        s1, s3 = tl.split(odd)
-        for s in tl.static_range(4):
-            x = (s0, s1, s2, s3)[s]
-            # What a thread has loaded serves all its channels.
-            x = tl.reshape(tl.broadcast_to(x[:, None], [THREADS, PER_THREAD]), [BLOCK_D])
-            states = states + (x,)  # noqa: RUF005 - Triton has no unpacking
+    for j in tl.static_range(4):
+        x = (s0, s1, s2, s3)[j]
+        # What a thread has loaded serves all its channels.
+        x = tl.broadcast_to(x[:, None], [THREADS, PER_THREAD])
+        states = states + (tl.reshape(x, [WARPS * LANES, 32 // LANES * PER_THREAD]),)
     return states
+
+
+@triton.jit
+def _over_lanes(y, LANES: tl.constexpr, WARPS: tl.constexpr):
+    """The sum of each channel's lanes, in all of them; halves first, the order in which ``recur`` adds in a thread."""
+    tile: tl.constexpr = [WARPS, LANES, y.shape[1]]
+    y = tl.reduce(tl.reshape(y, tile), 1, _add)[:, None, :]
+    return tl.reshape(tl.broadcast_to(y, tile), [WARPS * LANES, tile[2]])
 
 
 @jit_by_type
@@ -81,19 +87,16 @@ def state_update_rows_kernel(
     D_ptr,  # [D] contiguous, or None
     bias_ptr,  # [D] contiguous, or None
     slot_ptr,  # [B] int, or None: slot b for row b
-    batch: tl.int32,
-    rows: tl.int32,  # a program
-    channel_words: tl.int32,  # channels / PER_THREAD
+    zero: tl.int32,  # 0
     pad_slot_id: tl.int64,  # without slots -1, which is no row's
     state_stride_s: tl.int64,
     x_stride_b: tl.int64, dt_stride_b: tl.int64, z_stride_b: tl.int64, out_stride_b: tl.int64,
     B_stride_b: tl.int64, C_stride_b: tl.int64,
     # A model has one of each, whatever the batch: as constants they fold into the loads and stores.
-    state_stride_n: tl.constexpr, A_stride_n: tl.constexpr,
+    CHANNELS: tl.constexpr, state_stride_n: tl.constexpr, A_stride_n: tl.constexpr,
     N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     PER_THREAD: tl.constexpr,
-    EVEN_D: tl.constexpr,  # BLOCK_D divides channels
+    WARPS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -102,68 +105,65 @@ def state_update_rows_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_start(PDL)
-    first_d = tl.program_id(0).to(tl.int64) * BLOCK_D
-    d = tl.arange(0, BLOCK_D)
-    # That a thread's channels are all inside or all outside shows in the product.
-    inside = (d >= 0) if EVEN_D else (first_d + d < channel_words.to(tl.int64) * PER_THREAD)
-    first = tl.program_id(1) * rows
-    last = tl.minimum(first + rows, batch) - 1
+    LANES: tl.constexpr = N // 4
+    OF_WARP: tl.constexpr = 32 // LANES * PER_THREAD  # channels
+    BLOCK_D: tl.constexpr = OF_WARP * WARPS
+    blocks: tl.constexpr = (CHANNELS + BLOCK_D - 1) // BLOCK_D
+    # Blocks of channels vary fastest: neighbouring programs move neighbouring states.
+    first_d = tl.program_id(0) % blocks * BLOCK_D
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    # Tiles [WARPS * LANES, OF_WARP]: in this shape a warp's threads are the lanes of its own channels.
+    of_tile = tl.arange(0, WARPS * LANES)[:, None]
+    lane = of_tile % LANES
+    d = of_tile // LANES * OF_WARP + tl.arange(0, OF_WARP)[None, :]
+    inside = (d >= 0) if CHANNELS % BLOCK_D == 0 else (first_d + d < CHANNELS)
 
-    slot_ahead = first.to(tl.int64)
+    slot = row
     if HAS_SLOTS:
-        slot_ahead = tl.load(slot_ptr + first).to(tl.int64)
-    p_a = _channels(A_ptr, first_d, d, PER_THREAD)
+        slot = tl.load(slot_ptr + row).to(tl.int64)
+    live = slot != pad_slot_id
+    p_a = _words(A_ptr, first_d, PER_THREAD) + (4 * A_stride_n * lane + d)
     a = ()
-    for n in tl.static_range(N):
-        a_n = tl.load(p_a + n * A_stride_n, mask=inside).to(tl.float32) * LOG2_E
-        a = a + (a_n,)  # noqa: RUF005
-    skip = tl.full([BLOCK_D], 0.0, tl.float32)
-    bias = skip
+    for j in tl.static_range(4):
+        a = a + (tl.load(p_a + j * A_stride_n, mask=inside).to(tl.float32) * LOG2_E,)
     if HAS_D:
         skip = tl.load(D_ptr + first_d + d, mask=inside).to(tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + first_d + d, mask=inside).to(tl.float32)
+    p_state = _words(state_ptr, slot * state_stride_s + first_d, PER_THREAD) + (4 * state_stride_n * lane + d)
+    p_x = _words(x_ptr, row * x_stride_b + first_d, PER_THREAD) + d
+    p_dt = _words(dt_ptr, row * dt_stride_b + first_d, PER_THREAD) + d
+    p_out = _words(out_ptr, row * out_stride_b + first_d, PER_THREAD) + d
     wait_for_kernel_ahead(PDL)
 
-    for i in range(last + 1 - first):
-        row = (first + i).to(tl.int64)
-        slot = slot_ahead
-        live = slot != pad_slot_id
-        mask = inside & live
-        p_state = _channels(state_ptr, slot * state_stride_s + first_d, d, PER_THREAD)
-        h = ()
-        for n in tl.static_range(N):
-            h_n = tl.load(p_state + n * state_stride_n, mask=mask).to(tl.float32)
-            h = h + (h_n,)  # noqa: RUF005
-        x = tl.load(_channels(x_ptr, row * x_stride_b + first_d, d, PER_THREAD), mask=mask)
-        dt = tl.load(_channels(dt_ptr, row * dt_stride_b + first_d, d, PER_THREAD), mask=mask)
-        z = x
-        if HAS_Z:
-            z = tl.load(_channels(z_ptr, row * z_stride_b + first_d, d, PER_THREAD), mask=mask)
-        b = _load_states(B_ptr, row * B_stride_b, live, N, BLOCK_D, PER_THREAD)
-        c = _load_states(C_ptr, row * C_stride_b, live, N, BLOCK_D, PER_THREAD)
-        slot_ahead = row + 1
-        if HAS_SLOTS:
-            slot_ahead = tl.load(slot_ptr + tl.minimum(first + i + 1, last)).to(tl.int64)
+    mask = inside & live
+    h = ()
+    for j in tl.static_range(4):
+        h = h + (tl.load(p_state + j * state_stride_n, mask=mask).to(tl.float32),)
+    dt = tl.load(p_dt, mask=mask).to(tl.float32)
+    x = tl.load(p_x, mask=mask).to(tl.float32)
+    b = _four_states(B_ptr, row * B_stride_b, live, LANES, WARPS, PER_THREAD)
+    c = _four_states(C_ptr, row * C_stride_b, live, LANES, WARPS, PER_THREAD)
+    if HAS_Z:
+        z = tl.load(_words(z_ptr, row * z_stride_b + first_d, PER_THREAD) + d, mask=mask).to(tl.float32)
 
-        p_out = _channels(out_ptr, row * out_stride_b + first_d, d, PER_THREAD)
-        if live:
-            after, y = token_of_states(h, a, skip, bias, x, dt, z, b, c, N, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS)
-            tl.store(p_out, y.to(out_ptr.dtype.element_ty), mask=inside)
-            for n in tl.static_range(N):
-                tl.store(p_state + n * state_stride_n, after[n].to(state_ptr.dtype.element_ty), mask=inside)
-        else:
-            tl.store(p_out, tl.full([BLOCK_D], 0.0, out_ptr.dtype.element_ty), mask=inside)
-
-
-def rows_a_program(batch: int, channels: int, n: int) -> int:
-    """How many rows of the batch a program of the kernel takes. Results do not depend on it.
-
-    First as many programs as run at once, which is one row each up to half of the states that fit; then A is read for
-    two rows. At D 8192 and N 16: one row a program below batch 32, two from there.
-    """
-    rows = min(_MOST_ROWS, max(1, batch * channels * n // _RESIDENT_STATES))
-    return max(rows, triton.cdiv(batch, 65535))  # the most programs on the grid's second axis
+    seen = h[0].to(tl.int32, bitcast=True)
+    for j in tl.static_range(1, 4):
+        seen = seen | h[j].to(tl.int32, bitcast=True)
+    dt = (dt.to(tl.int32, bitcast=True) | (seen & zero)).to(tl.float32, bitcast=True)
+    if HAS_BIAS:
+        dt = dt + bias
+    if SOFTPLUS:
+        dt = softplus(dt)
+    h, y = recur(h, a, dt, dt * x, b, c, 4)
+    for j in tl.static_range(4):
+        tl.store(p_state + j * state_stride_n, h[j].to(state_ptr.dtype.element_ty), mask=mask)
+    y = _over_lanes(y, LANES, WARPS)
+    if HAS_D:
+        y = tl.fma(x, skip, y)
+    if HAS_Z:
+        y = y * silu(z)
+    tl.store(p_out, tl.where(live, y, 0.0).to(out_ptr.dtype.element_ty), mask=inside & (lane == 0))
 
 
 def rows_launch(
@@ -177,11 +177,11 @@ def rows_launch(
     z: torch.Tensor | None,
     dt_bias: torch.Tensor | None,
     out: torch.Tensor,
-) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, Any]] | None:
-    """Grid, sizes and shape of the kernel's launch for these arguments; None where the kernel does not serve them.
+) -> tuple[tuple[int], dict[str, Any]] | None:
+    """Grid and shape of the kernel's launch for these arguments; None where the kernel does not serve them.
 
     It wants no heads, one group, N of 4, 8, 16 or 32, contiguous channels of everything (of state and A too), B and C
-    with contiguous states, and every row at a whole word: two channels, four states.
+    with contiguous states, and every row at a whole word: four channels, four states.
     """
     if x.dim() != 2 or (B.dim() == 3 and B.shape[1] != 1) or A.shape[-1] not in STATE_SIZES:
         return None
@@ -192,19 +192,17 @@ def rows_launch(
     (batch, channels), n = x.shape, A.shape[-1]
     if channels % _PER_THREAD:
         return None
-    block_d = _PER_THREAD * 32 * _WARPS
-    rows = rows_a_program(batch, channels, n)
     shape = {
+        "CHANNELS": channels,
         "N": n,
-        "BLOCK_D": block_d,
         "PER_THREAD": _PER_THREAD,
-        "EVEN_D": channels % block_d == 0,
+        "WARPS": _WARPS,
         "num_warps": _WARPS,
         "enable_fp_fusion": False,
         **early_start(x.device),
     }
-    grid = (triton.cdiv(channels, block_d), triton.cdiv(batch, rows))
-    return grid, (batch, rows, channels // _PER_THREAD), shape
+    block_d = 32 * _WARPS * _PER_THREAD * 4 // n
+    return (batch * triton.cdiv(channels, block_d),), shape
 
 
 def in_words(size: int, *tensors: torch.Tensor) -> bool:

@@ -155,9 +155,9 @@ def selective_state_update_triton(
     by_rows = rows_launch(state, x, dt, A, B, C, D, z, dt_bias, out)
     with torch.cuda.device_of(x):
         if by_rows is not None:
-            grid, sizes, shape = by_rows
+            grid, shape = by_rows
             state_update_rows_kernel[grid](
-                *tensors, *sizes, pad_slot_id if state_batch_indices is not None else -1,
+                *tensors, 0, pad_slot_id if state_batch_indices is not None else -1,
                 state.stride(0), x_s[0], dt_s[0], z_s[0], out_s[0], B_s[0], C_s[0],
                 state_stride_n=state.stride(2), A_stride_n=A.stride(1), **shape, **options,
             )  # fmt: skip
