@@ -87,7 +87,7 @@ def state_update_rows_kernel(
     D_ptr,  # [D] contiguous, or None
     bias_ptr,  # [D] contiguous, or None
     slot_ptr,  # [B] int, or None: slot b for row b
-    zero: tl.int32,  # 0
+    zero: tl.int32,  # which the compiler cannot know
     pad_slot_id: tl.int64,  # without slots -1, which is no row's
     state_stride_s: tl.int64,
     x_stride_b: tl.int64, dt_stride_b: tl.int64, z_stride_b: tl.int64, out_stride_b: tl.int64,
