@@ -201,7 +201,7 @@ def _walk(
                     start, stop = _owner_from(first, s, count, starts_ptr, num_seqs, rounds, length, K)
                 inside = s < stop
                 b_out = tl.where(inside & live, convolve(inputs, weight, bias, SILU), 0.0)
-                written = (s - start >= K - 1) | (s >= stop)
+                written = (s - start >= K - 1) | ~inside
                 p_out = out_ptr + row * out_stride_t
                 tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_d & written)
         out_ptr += GROUP * out_stride_t

@@ -25,7 +25,7 @@ from tp_mamba.kernels.approx_triton import LOG2_E
 from tp_mamba.kernels.dependent_launch_triton import early_start, let_next_start, wait_for_kernel_ahead
 from tp_mamba.kernels.linear_softplus_triton import softplus_of_sum
 from tp_mamba.kernels.selective_state_update_rows_triton import in_words
-from tp_mamba.kernels.ssm_token_triton import jit_by_type, token_of_states
+from tp_mamba.kernels.ssm_token_triton import add, jit_by_type, token_of_states
 
 STATE_SIZES = (4, 8, 16)
 """Whole loads of four states of B and C; the states of a thread's channels leave room for a second program."""
@@ -70,18 +70,13 @@ def _load_states(rows_ptr, mask, N: tl.constexpr, PER_ROW: tl.constexpr, PER_THR
 
 
 @triton.jit
-def _add(a, b):
-    return a + b
-
-
-@triton.jit
 def _of_other_layout(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """``x``, as a tile whose layout the compiler does not carry over to what is computed with it.
 
     The states would else all be moved to the threads that hold the tensor core's result. No layout is carried over a
     scan; one of a single element is no instruction.
     """
-    return tl.reshape(tl.associative_scan(tl.reshape(x, [ROWS, COLUMNS, 1]), 2, _add), [ROWS, COLUMNS])
+    return tl.reshape(tl.associative_scan(tl.reshape(x, [ROWS, COLUMNS, 1]), 2, add), [ROWS, COLUMNS])
 
 
 @triton.jit

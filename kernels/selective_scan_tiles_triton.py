@@ -22,15 +22,10 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.approx_triton import LOG2_E, silu, softplus
-from tp_mamba.kernels.ssm_token_triton import first_saved_row, jit_by_type, recur
+from tp_mamba.kernels.ssm_token_triton import add, first_saved_row, jit_by_type, recur
 
 GROUPS_IN_FLIGHT = tl.constexpr(3)
 """Of tokens: the present one and those that are being loaded."""
-
-
-@triton.jit
-def _add(x, y):
-    return x + y
 
 
 @triton.jit
@@ -71,7 +66,7 @@ def _computed_once(x, STEPS: tl.constexpr, BLOCK_D: tl.constexpr):
     There every channel's threads would all compute all tokens. No layout is carried back over a scan; one of a single
     element is no instruction.
     """
-    return tl.reshape(tl.associative_scan(tl.reshape(x, [STEPS, BLOCK_D, 1]), 2, _add), [STEPS, BLOCK_D])
+    return tl.reshape(tl.associative_scan(tl.reshape(x, [STEPS, BLOCK_D, 1]), 2, add), [STEPS, BLOCK_D])
 
 
 @triton.jit
@@ -119,7 +114,7 @@ def _group(
             _of_token(b, s, STEPS, PER_LANE), _of_token(c, s, STEPS, PER_LANE), PER_LANE,
         )  # fmt: skip
         # A reduction over lanes exchanges the halves first: the order in which ``recur`` adds within a thread.
-        ys = ys + (tl.reduce(y, 0, _add),)
+        ys = ys + (tl.reduce(y, 0, add),)
     y = _computed_once(tl.trans(_stack(ys, STEPS)), STEPS, BLOCK_D)
     if HAS_D:
         y = tl.fma(u, tl.broadcast_to(skip, [STEPS, BLOCK_D]), y)

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from tp_mamba.kernels.approx_triton import LOG2_E, silu, softplus
 from tp_mamba.kernels.dependent_launch_triton import early_start, let_next_start, wait_for_kernel_ahead
-from tp_mamba.kernels.ssm_token_triton import jit_by_type, recur
+from tp_mamba.kernels.ssm_token_triton import add, jit_by_type, recur
 
 STATE_SIZES = (4, 8, 16, 32)
 """Whole loads of four states of B and C, whose lanes fit a warp."""
@@ -33,11 +33,6 @@ _PER_THREAD = 4
 """Channels: 16 bytes of float32 an access. With two, and twice as many threads, it takes 4 to 7 % longer."""
 _WARPS = 4
 """A program. Two are as fast; one is not: a GPU starts some 0.7 programs a nanosecond, however small they are."""
-
-
-@triton.jit
-def _add(x, y):
-    return x + y
 
 
 @triton.jit
@@ -69,7 +64,7 @@ def _four_states(ptr, offset, live, LANES: tl.constexpr, WARPS: tl.constexpr, PE
 def _over_lanes(y, LANES: tl.constexpr, WARPS: tl.constexpr):
     """The sum of each channel's lanes, in all of them; halves first, the order in which ``recur`` adds in a thread."""
     tile: tl.constexpr = [WARPS, LANES, y.shape[1]]
-    y = tl.reduce(tl.reshape(y, tile), 1, _add)[:, None, :]
+    y = tl.reduce(tl.reshape(y, tile), 1, add)[:, None, :]
     return tl.reshape(tl.broadcast_to(y, tile), [WARPS * LANES, tile[2]])
 
 
@@ -95,6 +90,7 @@ def state_update_rows_kernel(
     # A model has one of each, whatever the batch: as constants they fold into the loads and stores.
     CHANNELS: tl.constexpr, state_stride_n: tl.constexpr, A_stride_n: tl.constexpr,
     N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PER_THREAD: tl.constexpr,
     WARPS: tl.constexpr,
     HAS_D: tl.constexpr,
@@ -106,8 +102,7 @@ def state_update_rows_kernel(
 ):  # fmt: skip
     let_next_start(PDL)
     LANES: tl.constexpr = N // 4
-    OF_WARP: tl.constexpr = 32 // LANES * PER_THREAD  # channels
-    BLOCK_D: tl.constexpr = OF_WARP * WARPS
+    OF_WARP: tl.constexpr = BLOCK_D // WARPS  # channels
     blocks: tl.constexpr = (CHANNELS + BLOCK_D - 1) // BLOCK_D
     # Blocks of channels vary fastest: neighbouring programs move neighbouring states.
     first_d = tl.program_id(0) % blocks * BLOCK_D
@@ -192,16 +187,17 @@ def rows_launch(
     (batch, channels), n = x.shape, A.shape[-1]
     if channels % _PER_THREAD:
         return None
+    block_d = _PER_THREAD * 32 * _WARPS * 4 // n
     shape = {
         "CHANNELS": channels,
         "N": n,
+        "BLOCK_D": block_d,
         "PER_THREAD": _PER_THREAD,
         "WARPS": _WARPS,
         "num_warps": _WARPS,
         "enable_fp_fusion": False,
         **early_start(x.device),
     }
-    block_d = 32 * _WARPS * _PER_THREAD * 4 // n
     return (batch * triton.cdiv(channels, block_d),), shape
 
 

@@ -48,6 +48,12 @@ def jit_by_type(kernel: Callable[..., None]) -> Any:
 
 
 @triton.jit
+def add(x, y):
+    """What a reduction or a scan over threads combines with."""
+    return x + y
+
+
+@triton.jit
 def _split_in_four(x, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """``[BLOCK_N, BLOCK_D]`` -> four ``[BLOCK_N / 4, BLOCK_D]``, of the states j = 0..3 of every four."""
     fours = tl.permute(tl.reshape(x, [BLOCK_N // 4, 2, 2, BLOCK_D]), [0, 3, 1, 2])
