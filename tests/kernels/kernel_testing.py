@@ -165,12 +165,31 @@ def compile_as_launched(kernel: Any, launch: tuple[tuple[Any, ...], dict[str, An
 
 def stack_bytes(compiled: Any, folder: Path) -> int:
     """Bytes of local memory a thread of a compiled kernel uses, where spilled registers would be."""
+    return _usage(compiled, folder, "STACK")
+
+
+def registers(compiled: Any, folder: Path) -> int:
+    """Registers a thread of a compiled kernel has."""
+    return _usage(compiled, folder, "REG")
+
+
+def _usage(compiled: Any, folder: Path, resource: str) -> int:
+    report = _cuobjdump(compiled, folder, "-res-usage")
+    found = re.search(rf"{resource}:(\d+)", report)
+    assert found, report
+    return int(found[1])
+
+
+def sass_of(compiled: Any, folder: Path) -> list[str]:
+    """Instructions of a compiled kernel, opcodes with their suffixes."""
+    listing = _cuobjdump(compiled, folder, "-sass")
+    return re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+ )?(\w[\w.]*)", listing)
+
+
+def _cuobjdump(compiled: Any, folder: Path, option: str) -> str:
     from triton import knobs
 
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
-    report = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    found = re.search(r"STACK:(\d+)", report)
-    assert found, report
-    return int(found[1])
+    command = [knobs.nvidia.cuobjdump.path, option, str(cubin)]
+    return subprocess.run(command, capture_output=True, check=True, text=True).stdout

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conv_norm_testing import CPU, CUDA, INTERPRETER, assert_as_good, assert_same, poison, run_on
-from kernel_testing import Launches, compile_as_launched, specialization, stack_bytes
+from kernel_testing import Launches, compile_as_launched, registers, specialization, stack_bytes
 
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from tp_mamba.kernels.causal_conv1d_reference import causal_conv1d_reference, causal_conv1d_update_reference
@@ -387,23 +386,17 @@ def test_no_length_compiles_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prompts_compile_for_sm90_vectorised_without_spills(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, channels: int, dense: bool
 ) -> None:
-    from triton import knobs
-
     x = torch.empty(16, 2 * channels, dtype=torch.bfloat16)[:, :channels].t()
     compiled = compile_as_launched(*record(monkeypatch, x, (16,), dense=dense))
     assert stack_bytes(compiled, tmp_path) == 0
     assert compiled.metadata.shared == 0
     ptx = compiled.asm["ptx"]
-    assert "shfl" not in ptx
+    assert not re.search(r"(ld|st)\.shared|shfl", ptx)
     # Four channels a thread, their weights in two loads, for heads and for bodies; four programs a multiprocessor.
     assert set(re.findall(r"st\.global\S*", ptx)) == {"st.global.v2.b32"}
     assert ptx.count("ld.global.v2.b64") == 2 * 2
     assert not re.search(r"ld\.global\.b16", ptx)
-    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(tmp_path / "kernel.cubin")]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None
-    assert int(registers[1]) <= 128
+    assert registers(compiled, tmp_path) <= 128
 
 
 def test_run_length() -> None:

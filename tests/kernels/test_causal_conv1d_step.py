@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from conv_norm_testing import CUDA, INTERPRETER, assert_as_good, poison, run_on
-from kernel_testing import Launches, compile_as_launched, specialization, stack_bytes
+from kernel_testing import Launches, compile_as_launched, sass_of, specialization, stack_bytes
 from ptx_testing import read_ahead
 
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
@@ -205,16 +204,6 @@ def test_no_batch_compiles_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(keys) == 1
 
 
-def sass_of(compiled: Any, folder: Path) -> list[str]:
-    """Instructions of a compiled kernel, opcodes with their suffixes."""
-    from triton import knobs
-
-    (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    command = [knobs.nvidia.cuobjdump.path, "-sass", str(folder / "kernel.cubin")]
-    listing = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    return re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+ )?(\w[\w.]*)", listing)
-
-
 def test_compiles_for_sm90_without_exchange_or_spill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiled = compile_as_launched(*record(monkeypatch, make(8, 8192, 4, True, torch.bfloat16)))
     assert stack_bytes(compiled, tmp_path) == 0
@@ -246,6 +235,20 @@ def test_other_forms_compile_alike(
     assert compiled.metadata.shared == 0
     assert not [op for op in sass_of(compiled, tmp_path) if op.startswith(("BAR", "SHFL"))]
     assert "griddepcontrol" not in compiled.asm["ptx"]
+
+
+def test_a_longer_state_compiles_without_exchange_or_spill(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One token a row that this kernel does not take: the general one's launch of heads alone."""
+    inputs = make(8, 8192, 4, True, torch.bfloat16)
+    slots = inputs["conv_state"].shape[0]
+    longer = torch.zeros(slots, 4, 8192, dtype=torch.bfloat16).mT
+    kernel, launch = record(monkeypatch, inputs | {"conv_state": longer})
+    assert kernel.__name__ == "_causal_conv1d_kernel"
+    compiled = compile_as_launched(kernel, launch)
+    assert stack_bytes(compiled, tmp_path) == 0
+    assert not re.search(r"(ld|st)\.shared|shfl", compiled.asm["ptx"])
 
 
 def check_far_slots(device: str) -> None:
