@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.checking import Error
+from benchmarks.limits import Limit
 from benchmarks.peers import Target
 from benchmarks.timing import Samples
 
@@ -24,7 +25,7 @@ class Workload:
     measure: Callable[[int], Samples]
     """So many samples of it: seconds a call, or a ratio."""
     limit: float | None = None
-    """The least it can take, where only this machine can tell."""
+    """The least it can take, in seconds, where only a run beside it can tell."""
 
 
 Build = Callable[[torch.Generator], Workload]
@@ -41,8 +42,8 @@ class Case:
     """What it is about, for plots: ``sequences``, ``tokens``, ``batch``, ``D``, ..."""
     build: Build
     """Draws the inputs, on the generator's device."""
-    limit: float | None = None
-    """The least it can take on the hardware of :mod:`benchmarks.peers`, in seconds."""
+    limit: Limit | None = None
+    """The least it can take on a GPU, in seconds."""
     target: Target = field(default_factory=Target)
     work: tuple[float, str] | None = None
     """How much one call does, and of what: ``bytes`` or ``tokens``."""

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import limits, runner
 from benchmarks.case import Case, Workload
+from benchmarks.ceilings import H200
 from benchmarks.chain import Chain, links
 from benchmarks.checking import Error, compare
 from benchmarks.inputs import normal, starts
@@ -131,7 +132,7 @@ def _forward_case(sequences: int, length: int, channels: int) -> Case:
         sizes={"sequences": sequences, "length": length, "D": channels, "form": "forward"},
         build=partial(build_forward, sequences=sequences, length=length, channels=channels),
         limit=limit,
-        target=Target(must=BYTE_MUST["conv"] * limit * 1e3),
+        target=Target(must=BYTE_MUST["conv"] * limit(H200) * 1e3),
         work=(moved, "bytes"),
     )
 
@@ -145,7 +146,7 @@ def _update_case(batch: int, channels: int) -> Case:
         sizes={"batch": batch, "D": channels, "form": "update"},
         build=partial(build_update, batch=batch, channels=channels),
         limit=limit,
-        target=Target(must=BYTE_MUST["update"] * limit * 1e6 if batch >= 32 else None),
+        target=Target(must=BYTE_MUST["update"] * limit(H200) * 1e6 if batch >= 32 else None),
         work=(moved, "bytes"),
     )
 

@@ -18,7 +18,7 @@ from benchmarks import inputs, limits, runner
 from benchmarks.case import Case, Workload
 from benchmarks.chain import Chain
 from benchmarks.checking import Error, compare
-from benchmarks.peers import DECODE, LAYER_BANDWIDTH
+from benchmarks.peers import DECODE
 from benchmarks.reference import block_reference, state_like
 from benchmarks.timing import Samples, replayed
 from tp_mamba.layers.norm import RMSNorm
@@ -143,7 +143,7 @@ CASES = [
         unit="us",
         sizes={"batch": batch, "D": channels},
         build=partial(build, batch=batch, channels=channels),
-        limit=limits.by_bytes(moved_bytes(batch, channels), LAYER_BANDWIDTH),
+        limit=limits.by_bytes_of_a_step(moved_bytes(batch, channels)),
         target=target,
         work=(batch, "tokens"),
     )

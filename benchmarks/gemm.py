@@ -117,8 +117,8 @@ def _bytes(batch: int, rows: int, columns: int, out_bytes: int = 2) -> int:
     return 2 * batch * columns + 2 * rows * columns + out_bytes * batch * rows
 
 
-def _limit(batch: int, rows: int, columns: int, moved: int) -> float:
-    return max(limits.by_bytes(moved), limits.by_flops(2 * batch * rows * columns))
+def _limit(batch: int, rows: int, columns: int, moved: int) -> limits.Limit:
+    return limits.side_by_side(limits.by_bytes(moved), limits.by_flops(2 * batch * rows * columns))
 
 
 def _time_steps_case(tokens: int, channels: int, rank: int) -> Case:

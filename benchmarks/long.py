@@ -211,7 +211,9 @@ CASES = [
         unit="ms",
         sizes={"sequences": 1, "length": TOKENS, "D": CHANNELS, "form": "kernels"},
         build=partial(build_kernels, tokens=TOKENS, channels=CHANNELS, checked=16),
-        limit=limits.by_exponentials(TOKENS, CHANNELS, STATES) + limits.by_bytes(4 * TOKENS * CHANNELS),
+        limit=limits.in_turn(
+            limits.by_exponentials(TOKENS, CHANNELS, STATES), limits.by_bytes(4 * TOKENS * CHANNELS)
+        ),
         work=(TOKENS, "tokens"),
     ),
     Case(

@@ -1,4 +1,4 @@
-"""What our times are held against: the ceilings of the hardware, other programs' times, and our goals.
+"""What our times are held against beside the hardware: other programs' times, and our goals.
 
 Recorded once, none of it measured when a benchmark runs.
 
@@ -16,21 +16,6 @@ of mamba-130m.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-HARDWARE = "NVIDIA H200"
-"""The GPU of every limit and recorded time below."""
-
-COPY_BANDWIDTH = 4.30e12
-"""Bytes a second, read plus written, of a large copy on the device."""
-
-LAYER_BANDWIDTH = 4.27e12
-"""Bytes a second to which a layer's decode step, and its state update, are held."""
-
-GEMM_RATE = 715e12
-"""Floating-point operations a second of a large bfloat16 product."""
-
-EXPONENTIAL_RATE = 16 * 132 * 1.98e9
-"""Exponentials a second: 16 a clock on each of 132 multiprocessors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

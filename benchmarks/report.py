@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.case import UNITS, Case
+from benchmarks.ceilings import H200, Ceilings
 from benchmarks.checking import Error
-from benchmarks.peers import HARDWARE
 from benchmarks.timing import Samples
 from tp_mamba.launch.console import table
 
@@ -42,13 +42,14 @@ class Row:
     def of(
         cls,
         case: Case,
+        ceilings: Ceilings | None = None,
         *,
         samples: Samples | None = None,
         errors: Iterable[Error] = (),
         limit: float | None = None,
         failure: str | None = None,
     ) -> Row:
-        """The row of ``case``; ``limit`` (seconds) in place of the case's own if given.
+        """The row of ``case``, its limit that of a GPU of these ``ceilings``, or ``limit`` (seconds) if given.
 
         Raises:
             ValueError: samples of a case that failed its check.
@@ -58,7 +59,8 @@ class Row:
         if samples is not None and failure is not None:
             raise ValueError(f"{case.name} has samples but failed ({failure}): a wrong output has no time")
         scale = UNITS[case.unit]
-        limit = case.limit if limit is None else limit
+        if limit is None and case.limit is not None and ceilings is not None:
+            limit = case.limit(ceilings)
         return cls(
             case=case.name,
             unit=case.unit,
@@ -121,14 +123,20 @@ class Row:
 
 
 def write_json(
-    path: Path, benchmark: str, environment: dict[str, Any], seed: int, rows: Sequence[Row]
+    path: Path,
+    benchmark: str,
+    environment: dict[str, Any],
+    ceilings: Ceilings | None,
+    seed: int,
+    rows: Sequence[Row],
 ) -> None:
-    """Write what was measured so far to ``path``."""
+    """Write what was measured so far to ``path``; ``ceilings`` are those of its limits, None of a CPU."""
     content = {
         "benchmark": benchmark,
         "seed": seed,
         "environment": environment,
-        "limits_and_peers": HARDWARE if environment.get("threads") is None else "see benchmarks/peers.py",
+        "ceilings": None if ceilings is None else asdict(ceilings),
+        "goals_and_peers": "see benchmarks/peers.py" if ceilings is None else H200.hardware,
         "rows": [row.to_json() for row in rows],
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

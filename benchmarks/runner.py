@@ -15,9 +15,9 @@ import torch
 
 from benchmarks import report
 from benchmarks.case import Case
+from benchmarks.ceilings import H200, Ceilings, ceilings_of
 from benchmarks.checking import worst_of_each
 from benchmarks.environment import describe
-from benchmarks.peers import HARDWARE
 from benchmarks.report import Row
 
 
@@ -32,8 +32,9 @@ def parser(name: str, doc: str | None, cases: Sequence[Case], samples: int) -> a
             "a time, and the exit status is then 1.\n\n"
             "columns:\n"
             "  median, min, p90  of the samples: half, none and nine in ten of them are below\n"
-            "  limit, of limit   the least that the hardware allows, and its share of the median\n"
-            "  must, stretch     goals, met or missed\n"
+            "  limit, of limit   the least that this hardware allows, and its share of the median; the rates of a\n"
+            "                    GPU other than an H200 are measured first\n"
+            "  must, stretch     goals, met or missed; a GPU's are set for an H200\n"
             "  vs PEER           how many times faster than the time recorded of that program (benchmarks/peers.py)\n"
             "  error             |output - float64| / |float64|\n\n"
             f"cases:\n{listed}"
@@ -127,14 +128,15 @@ def run(
             reason = f"({failure.strerror}): give a file"
             print(f"--json {options.json} cannot be written {reason}", file=sys.stderr)
             return 2
-    print(headline(name, environment, seed))
+    ceilings = ceilings_of(device) if device.type == "cuda" else None
+    print(headline(name, environment, seed, ceilings))
 
     rows = []
     for case in chosen:
-        rows.append(measure(case, seed, device, options.samples))
+        rows.append(measure(case, seed, device, options.samples, ceilings))
         print(progress(rows[-1]), file=sys.stderr, flush=True)
         if options.json is not None:
-            report.write_json(options.json, name, environment, seed, rows)
+            report.write_json(options.json, name, environment, ceilings, seed, rows)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -142,21 +144,26 @@ def run(
     return 1 if any(row.failure is not None for row in rows) else 0
 
 
-def measure(case: Case, seed: int, device: torch.device, samples: int) -> Row:
+def measure(
+    case: Case, seed: int, device: torch.device, samples: int, ceilings: Ceilings | None = None
+) -> Row:
     """Draw the inputs of ``case``, check its outputs and, only if they are right, time it."""
     generator = torch.Generator(device).manual_seed((seed + zlib.crc32(case.name.encode())) % 2**63)
     try:
         workload = case.build(generator)
         errors = worst_of_each(workload.check())
         if not all(error.ok for error in errors):
-            return Row.of(case, errors=errors)
-        return Row.of(case, samples=workload.measure(samples), errors=errors, limit=workload.limit)
+            return Row.of(case, ceilings, errors=errors)
+        taken = workload.measure(samples)
+        return Row.of(case, ceilings, samples=taken, errors=errors, limit=workload.limit)
     except Exception as failure:  # the other cases are still worth their time
         traceback.print_exc()
-        return Row.of(case, failure=f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}")
+        return Row.of(
+            case, ceilings, failure=f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+        )
 
 
-def headline(name: str, environment: dict, seed: int) -> str:
+def headline(name: str, environment: dict, seed: int, ceilings: Ceilings | None) -> str:
     """What a table is of, in a few lines."""
     dirty = {True: " with changes", False: "", None: ""}[environment["dirty"]]
     parts = [
@@ -169,8 +176,10 @@ def headline(name: str, environment: dict, seed: int) -> str:
         f"seed {seed}",
     ]
     lines = f"{name}: " + ", ".join(parts)
-    if not environment["threads"] and environment["hardware"] != HARDWARE:
-        lines += f"\nLimits, goals and recorded times are those of an {HARDWARE}, not of this GPU."
+    if ceilings is not None:
+        lines += f"\nThe limits of this GPU: {ceilings}."
+        if ceilings.hardware != H200.hardware:
+            lines += f" Goals and recorded times are those of an {H200.hardware}."
     return lines
 
 

@@ -14,10 +14,11 @@ import torch
 
 from benchmarks import limits, runner
 from benchmarks.case import Case, Workload
+from benchmarks.ceilings import H200
 from benchmarks.chain import Chain, links
 from benchmarks.checking import Error, compare
 from benchmarks.inputs import FORMS, StateSpace, normal
-from benchmarks.peers import BYTE_MUST, LAYER_BANDWIDTH, STATE_UPDATE, Target
+from benchmarks.peers import BYTE_MUST, STATE_UPDATE, Target
 from benchmarks.reference import scan_reference
 from benchmarks.timing import Samples, replayed
 from tp_mamba.kernels.selective_state_update import selective_state_update
@@ -99,15 +100,16 @@ def moved_bytes(batch: int, channels: int, states: int, form: str) -> int:
 
 def _case(batch: int, channels: int, form: str) -> Case:
     moved = moved_bytes(batch, channels, STATES, form)
-    limit = limits.by_bytes(moved, LAYER_BANDWIDTH)
+    limit = limits.by_bytes_of_a_step(moved)
     recorded = STATE_UPDATE.get((batch, channels), Target())
+    must = BYTE_MUST["update"] * limit(H200) * 1e6 if batch >= 32 else None
     return Case(
         name=f"batch {batch}, D {channels}, {form}",
         unit="us",
         sizes={"batch": batch, "D": channels, "form": form},
         build=partial(build, batch=batch, channels=channels, form=form),
         limit=limit,
-        target=Target(must=BYTE_MUST["update"] * limit * 1e6 if batch >= 32 else None, peers=recorded.peers),
+        target=Target(must=must, peers=recorded.peers),
         work=(moved, "bytes"),
     )
 

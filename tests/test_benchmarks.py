@@ -46,6 +46,7 @@ import tp_mamba.mixer
 import tp_mamba.model
 from benchmarks import __main__ as listing
 from benchmarks import (
+    ceilings,
     chain,
     checking,
     conv,
@@ -69,6 +70,7 @@ from benchmarks import (
     timing,
 )
 from benchmarks.case import Case, Workload
+from benchmarks.ceilings import H200, Ceilings
 from benchmarks.checking import Error
 from benchmarks.report import Row
 from benchmarks.timing import Samples
@@ -231,11 +233,11 @@ def test_cases_are_well_formed(module: ModuleType) -> None:
     names = [case.name for case in module.CASES]
     assert len(names) == len(set(names))
     for case in module.CASES:
-        assert case.limit is None or case.limit > 0
+        assert case.limit is None or case.limit(H200) > 0
         goals = [goal for goal in (case.target.stretch, case.target.must) if goal is not None]
         assert goals == sorted(goals)
         if case.limit is not None and case.target.must is not None:
-            assert case.target.must > case.limit * {"ms": 1e3, "us": 1e6}[case.unit]
+            assert case.target.must > case.limit(H200) * {"ms": 1e3, "us": 1e6}[case.unit]
 
 
 def test_scan_is_checked_on_channels_from_end_to_end() -> None:
@@ -248,13 +250,13 @@ def test_scan_is_checked_on_channels_from_end_to_end() -> None:
 
 # The limits that the issue's tables give, to their last digit.
 @pytest.mark.parametrize(
-    ("seconds", "expected"),
+    ("limit", "expected"),
     [
         (limits.by_exponentials(8192, 8192, 16), 0.32e-3),
         (limits.by_exponentials(2048, 4096, 16), 0.04e-3),
         (limits.by_exponentials(32768, 4096, 16), 0.64e-3),
         *(
-            (limits.by_bytes(decode.moved_bytes(batch, channels), peers.LAYER_BANDWIDTH), expected)
+            (limits.by_bytes_of_a_step(decode.moved_bytes(batch, channels)), expected)
             for (batch, channels), expected in {
                 (1, 8192): 49.5e-6,
                 (8, 8192): 51.4e-6,
@@ -265,24 +267,54 @@ def test_scan_is_checked_on_channels_from_end_to_end() -> None:
                 (256, 4096): 59.0e-6,
             }.items()
         ),
-        (
-            limits.by_bytes(state_update.moved_bytes(32, 8192, 16, "full"), peers.LAYER_BANDWIDTH),
-            8.4e-6,
-        ),
-        (
-            limits.by_bytes(state_update.moved_bytes(256, 8192, 16, "full"), peers.LAYER_BANDWIDTH),
-            66.8e-6,
-        ),
+        (limits.by_bytes_of_a_step(state_update.moved_bytes(32, 8192, 16, "full")), 8.4e-6),
+        (limits.by_bytes_of_a_step(state_update.moved_bytes(256, 8192, 16, "full")), 66.8e-6),
     ],
 )
-def test_limits_are_those_of_the_tables(seconds: float, expected: float) -> None:
-    assert seconds == pytest.approx(expected, rel=0.015)
+def test_limits_are_those_of_the_tables(limit: limits.Limit, expected: float) -> None:
+    assert limit(H200) == pytest.approx(expected, rel=0.015)
+
+
+def test_limits_follow_the_gpu() -> None:
+    gpu = Ceilings(hardware="toy", bandwidth=10.0, step_bandwidth=5.0, products=2.0, exponentials=40.0)
+    copied, multiplied = limits.by_bytes(30), limits.by_flops(4)
+    assert (copied(gpu), limits.by_bytes_of_a_step(30)(gpu), multiplied(gpu)) == (3.0, 6.0, 2.0)
+    assert limits.by_exponentials(5, 4, 12)(gpu) == 8.0
+    assert limits.side_by_side(copied, multiplied)(gpu) == 3.0
+    assert limits.in_turn(copied, multiplied)(gpu) == 5.0
+
+
+@pytest.mark.gpu
+def test_ceilings_of_this_gpu() -> None:
+    """Measured twice alike, and no higher than 16 exponentials a clock and multiprocessor at 2 GHz (on Hopper)."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    first, second = ceilings.measure(device), ceilings.measure(device)
+    assert first.hardware == torch.cuda.get_device_name(device)
+    for name in ("bandwidth", "products", "exponentials"):
+        assert getattr(first, name) == pytest.approx(getattr(second, name), rel=0.15)
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) == (9, 0):
+        highest = 16 * properties.multi_processor_count * 2.0e9
+        assert 0.5 * highest < first.exponentials < highest
+        assert 1e12 < first.bandwidth < 5e12
+        assert 300e12 < first.products < 1000e12
+    assert ceilings.ceilings_of(device).hardware == first.hardware
+
+
+def test_the_headline_tells_whose_limits_and_goals_they_are() -> None:
+    described = environment.describe(torch.device("cpu")) | {"threads": None}
+    gpu = Ceilings(hardware="toy", bandwidth=3e12, step_bandwidth=3e12, products=5e14, exponentials=4e12)
+    text = runner.headline("scan", described, 3, gpu)
+    assert "limits of this GPU: copies 3.00 TB/s, products 500 TFLOP/s, exponentials 4.00 T/s" in text
+    assert "Goals and recorded times are those of an NVIDIA H200" in text
+    assert "Goals" not in runner.headline("scan", described, 3, H200)
+    assert "limits" not in runner.headline("cpu", environment.describe(torch.device("cpu")), 3, None)
 
 
 def test_share_of_bandwidth_is_that_of_the_table() -> None:
     (case,) = (case for case in gemm.CASES if case.name == "in_proj 16384 x 4096, batch 1, cuBLAS")
     assert case.limit is not None
-    assert case.limit / 35.4e-6 == pytest.approx(0.88, abs=0.005)
+    assert case.limit(H200) / 35.4e-6 == pytest.approx(0.88, abs=0.005)
 
 
 def test_our_products_stand_beside_those_of_cublas() -> None:
@@ -291,7 +323,9 @@ def test_our_products_stand_beside_those_of_cublas() -> None:
     assert len(ours) == len(gemm.BATCHES) * 6  # three weights, whole and halved
     for name in ours:
         beside = cases[name.removesuffix("ours") + "cuBLAS"]
-        assert (cases[name].limit, cases[name].target) == (beside.limit, beside.target)
+        assert cases[name].limit is not None
+        assert beside.limit is not None
+        assert (cases[name].limit(H200), cases[name].target) == (beside.limit(H200), beside.target)
         assert cases[name].sizes != beside.sizes
 
 
@@ -370,7 +404,12 @@ def options(*argv: str, cases: list[Case]) -> argparse.Namespace:
 
 
 def toy(
-    name: str, *, error: float = 0.0, measure: Callable[[int], Samples] | None = None, **fields: Any
+    name: str,
+    *,
+    error: float = 0.0,
+    measure: Callable[[int], Samples] | None = None,
+    own_limit: float | None = None,
+    **fields: Any,
 ) -> Case:
     """A case of one output, off by ``error``, whose samples are 2, 3, 4, .. ms."""
 
@@ -379,12 +418,13 @@ def toy(
         return Workload(
             check=lambda: [checking.compare("out", (exact * (1 + error)).float(), exact)],
             measure=measure or (lambda samples: Samples(tuple(1e-3 * (i + 2) for i in range(samples)))),
+            limit=own_limit,
         )
 
     defaults = {
         "unit": "ms",
         "sizes": {"batch": 1, "D": 8},
-        "limit": 1e-3,
+        "limit": limits.by_bytes(1e-3 * H200.bandwidth),
         "target": peers.Target(must=3.5, stretch=3.0, peers={"vLLM": 7.0}),
         "work": (7, "tokens"),
     }
@@ -397,7 +437,7 @@ def run_toys(cases: list[Case], *argv: str) -> int:
 
 def test_run_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "toy.json"
-    assert run_toys([toy("first"), toy("second")], "--seed", "11", "--json", str(path)) == 0
+    assert run_toys([toy("first", own_limit=1e-3), toy("second")], "--seed", "11", "--json", str(path)) == 0
     out, err = capsys.readouterr()
     assert "seed 11" in out
     header, *lines = out.splitlines()[1:]
@@ -441,18 +481,22 @@ def test_run_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.Captu
 
 def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
     rows = [
-        Row.of(toy("right"), samples=Samples((0.25, 0.5)), errors=[Error("out", 1e-3, 2e-3, 1e-2, 2e-2)]),
+        Row.of(
+            toy("right"), H200, samples=Samples((0.25, 0.5)), errors=[Error("out", 1e-3, 2e-3, 1e-2, 2e-2)]
+        ),
         Row.of(toy("bare", limit=None, target=peers.Target(), work=None), samples=Samples((0.125,))),
         Row.of(toy("wrong"), errors=[Error("out", 1e-1, 2e-3, 1e-2, 2e-2)]),
-        Row.of(toy("own limit"), samples=Samples((0.5,)), limit=0.125),
+        Row.of(toy("own limit"), H200, samples=Samples((0.5,)), limit=0.125),
+        Row.of(toy("no GPU"), samples=Samples((0.5,))),
     ]
     path = tmp_path / "rows.json"
-    report.write_json(path, "toy", environment.describe(torch.device("cpu")), 3, rows)
+    report.write_json(path, "toy", environment.describe(torch.device("cpu")), H200, 3, rows)
     benchmark, described, again = report.read_json(path)
     assert (benchmark, again) == ("toy", rows)
     assert described["threads"] == torch.get_num_threads()
-    assert again[3].limit == 125.0  # ms
+    assert [row.limit for row in again] == pytest.approx([1.0, None, None, 125.0, None])  # ms
     assert again[3].share == 0.25
+    assert json.loads(path.read_text())["ceilings"]["bandwidth"] == H200.bandwidth
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"rows": [{}]}', '{"rows": 3}'])
@@ -589,6 +633,7 @@ def record(path: Path, *rows: tuple[str, dict[str, int | str], float], date: str
     measured = [
         Row.of(
             toy(name, sizes=sizes),
+            H200,
             samples=Samples((time * 1e-3,)),
             errors=[Error("state", 2e-7, 1.0, 0.0, 1.0), Error("out", 3e-3, 1.0, 0.0, 1.0)],
         )
@@ -598,7 +643,7 @@ def record(path: Path, *rows: tuple[str, dict[str, int | str], float], date: str
     described = environment.describe(torch.device("cpu"), "0123456789abcdef") | {
         "date": f"{date}T00:00:00+00:00"
     }
-    report.write_json(path, "toy", described, 3, measured)
+    report.write_json(path, "toy", described, H200, 3, measured)
     return path
 
 
@@ -618,7 +663,7 @@ def test_benchmarks_are_shown_in_one_order(tmp_path: Path) -> None:
     described = environment.describe(torch.device("cpu"))
     rows = [Row.of(toy("case"), samples=Samples((1e-3,)))]
     for name in ("other", "decode", "scan"):
-        report.write_json(tmp_path / f"{name}.json", name, described, 3, rows)
+        report.write_json(tmp_path / f"{name}.json", name, described, None, 3, rows)
     found = recorded.read(sorted(tmp_path.glob("*.json")))
     assert [result.title for result in found] == ["selective scan", "mixer layer, decode", "other"]
 
