@@ -7,16 +7,21 @@ still busy when the first event reaches it: with emptying its cache in :func:`fl
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 
 import torch
 
 FLUSH_BYTES = 1 << 30
 """More than any L2, and enough to keep a GPU busy while the host launches what is timed."""
+
+HOST_SAMPLES = 5
+"""Launches of what is timed, of which the slowest counts, and flushes, of which the fastest does."""
 
 WARM_UP_S = 0.2
 """How long a GPU works before the first sample: it then runs at its full clock."""
@@ -51,16 +56,20 @@ def flushed(run: Run, samples: int) -> Samples:
     """Seconds of ``run`` on a GPU whose L2 holds none of its data.
 
     Before each sample a large buffer is written, then read: lines left dirty would be written back at the expense of
-    what is timed.
+    what is timed. That is done as often as it takes for the device to fall behind the host: a slow host needs more
+    than a millisecond to launch a layer.
     """
     buffer = torch.empty(FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
 
-    def flush() -> None:
-        buffer.zero_()
-        buffer.amax()
+    def flush(passes: int = 1) -> None:
+        for _ in range(passes):
+            buffer.zero_()
+            buffer.amax()
 
     _warm_up(run)
-    return _between_events(run, samples, before=flush)
+    host = max(_host_seconds(run) for _ in range(HOST_SAMPLES))
+    passes = math.ceil(2 * host / _between_events(flush, HOST_SAMPLES, before=flush).least)
+    return _between_events(run, samples, before=partial(flush, passes))
 
 
 def replayed(run: Run, samples: int) -> Samples:
@@ -89,6 +98,14 @@ def _warm_up(run: Run) -> None:
         torch.cuda.synchronize()
         if runs >= 3 and time.perf_counter() > end:
             return
+
+
+def _host_seconds(run: Run) -> float:
+    """How long the host takes to launch ``run`` on a device that has nothing else to do."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def _between_events(run: Run, samples: int, before: Callable[[], None]) -> Samples:
