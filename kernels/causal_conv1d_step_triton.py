@@ -21,6 +21,7 @@ import triton.language as tl
 
 from tp_mamba.kernels.approx_triton import silu as approx_silu
 from tp_mamba.kernels.dependent_launch_triton import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.integers import cdiv
 from tp_mamba.kernels.ssm_token_triton import jit_by_type
 
 NUM_WARPS = 4
@@ -178,7 +179,7 @@ def launch_step(
     per_thread, packed = (PER_THREAD, is_packed(weight)) if whole_words else (1, False)
     block_d = 32 * NUM_WARPS * PER_THREAD
     with torch.cuda.device_of(x):
-        _step_kernel[(triton.cdiv(batch, ROWS), triton.cdiv(channels, block_d))](
+        _step_kernel[(cdiv(batch, ROWS), cdiv(channels, block_d))](
             out, x, weight, bias, states, slots,
             batch, channels // per_thread, pad_slot_id, out.stride(0), x.stride(0), states.stride(0),
             *weight.stride(), stride_k,

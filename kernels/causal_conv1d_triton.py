@@ -30,6 +30,7 @@ from tp_mamba.kernels.causal_conv1d_step_triton import (
     load_taps,
     takes_step,
 )
+from tp_mamba.kernels.integers import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -339,7 +340,7 @@ def tokens_a_run(tokens: int, blocks_d: int, block_t: int, by_rows: bool) -> int
     if not by_rows:
         return block_t
     longest = block_t * _LONG_RUN
-    few = triton.cdiv(tokens, longest) * blocks_d <= _FEW_PROGRAMS
+    few = cdiv(tokens, longest) * blocks_d <= _FEW_PROGRAMS
     return longest if few else block_t * _SHORT_RUN
 
 
@@ -384,10 +385,10 @@ def launch(
     if not by_rows:
         blocks = CHANNEL_MAJOR
     block_t, block_d = blocks["BLOCK_T"], blocks["BLOCK_D"]
-    block_d = min(block_d, triton.next_power_of_2(channels))
-    blocks_d = triton.cdiv(channels, block_d)
+    block_d = min(block_d, next_power_of_2(channels))
+    blocks_d = cdiv(channels, block_d)
     run_tokens = tokens_a_run(batch * length, blocks_d, block_t, by_rows)
-    runs = triton.cdiv(length, run_tokens) if has_body else 0
+    runs = cdiv(length, run_tokens) if has_body else 0
     num_heads = num_seqs if head > 0 else 0
     programs = (num_heads + batch * runs) * blocks_d
     if programs == 0:

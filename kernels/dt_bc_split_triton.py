@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.dependent_launch_triton import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.integers import cdiv, next_power_of_2
 from tp_mamba.kernels.skinny_linear_triton import tree_at
 
 
@@ -95,9 +96,9 @@ def launch(
     (T, R), N = dt.shape, bc.shape[1] // 2
     if T == 0:
         return
-    block_r, block_n = triton.next_power_of_2(R), triton.next_power_of_2(N)
+    block_r, block_n = next_power_of_2(R), next_power_of_2(N)
     # Four rows or, of short ones, more; up to R = 256 no sum leaves its warp.
-    block_t = max(4, 2048 // triton.next_power_of_2(block_r + 2 * block_n))
+    block_t = max(4, 2048 // next_power_of_2(block_r + 2 * block_n))
     count = 1
     if x.dim() == 3:
         x = x.contiguous()
@@ -105,9 +106,9 @@ def launch(
     # The stride of a single row says nothing: it must not compile a kernel of its own.
     stride_t = x.shape[-1] if T == 1 else x.stride(-2)
     with torch.cuda.device_of(x):
-        _split_kernel[(triton.cdiv(T, block_t),)](
+        _split_kernel[(cdiv(T, block_t),)](
             dt, bc, x, dt_weight, b_weight, c_weight, T, eps,
-            stride_t, x.stride(-1), R, N, count, triton.next_power_of_2(count),
+            stride_t, x.stride(-1), R, N, count, next_power_of_2(count),
             BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_N=block_n, num_warps=min(32, max(4, block_r // 512)),
             **early_start(x.device),
         )  # fmt: skip

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from tp_mamba.kernels.approx_triton import LOG2_E
 from tp_mamba.kernels.dependent_launch_triton import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.integers import cdiv, next_power_of_2
 from tp_mamba.kernels.linear_softplus_triton import softplus_of_sum
 from tp_mamba.kernels.selective_state_update_rows_triton import in_words
 from tp_mamba.kernels.ssm_token_triton import add, jit_by_type, token_of_states
@@ -225,7 +226,7 @@ def serves(
         return False
     if A.shape[1] not in STATE_SIZES or dt.shape[1] > MOST_RANK or x.shape[1] % BLOCK_D:
         return False
-    if triton.cdiv(len(x), row_blocks(*x.shape) * BLOCK_B) > _MOST_PROGRAMS:
+    if cdiv(len(x), row_blocks(*x.shape) * BLOCK_B) > _MOST_PROGRAMS:
         return False
     by_channel = [y for y in (x, z, out, state.mT, A.t()) if y is not None]
     vectors = [y for y in (bias, D) if y is not None]
@@ -269,7 +270,7 @@ def launch(
     if batch == 0 or channels == 0:
         return
     block_d, blocks = channels_a_program(batch, channels), row_blocks(batch, channels)
-    grid = (channels // block_d, triton.cdiv(batch, blocks * BLOCK_B))
+    grid = (channels // block_d, cdiv(batch, blocks * BLOCK_B))
     z_stride = 0 if z is None else z.stride(0)
     with torch.cuda.device_of(x):
         dt_proj_state_update_kernel[grid](
@@ -277,7 +278,7 @@ def launch(
             batch, -1 if slots is None else pad_slot_id, state.stride(0),
             x.stride(0), dt.stride(0), z_stride, out.stride(0), B.stride(0), C.stride(0),
             state.stride(2), A.stride(1), weight.stride(0),
-            N=n, R=R, BLOCK_R=max(16, triton.next_power_of_2(R)), BLOCK_B=BLOCK_B, BLOCKS=blocks, BLOCK_D=block_d,
+            N=n, R=R, BLOCK_R=max(16, next_power_of_2(R)), BLOCK_B=BLOCK_B, BLOCKS=blocks, BLOCK_D=block_d,
             PER_THREAD=_PER_THREAD, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=bias is not None,
             HAS_SLOTS=slots is not None, num_warps=BLOCK_B * block_d // _PER_THREAD // 32, maxnreg=_REGISTERS,
             enable_fp_fusion=False, **early_start(x.device),

@@ -23,6 +23,7 @@ from tp_mamba.kernels.dependent_launch_triton import (
     let_next_start,
     wait_for_kernel_ahead,
 )
+from tp_mamba.kernels.integers import cdiv, next_power_of_2
 
 DECODE_TOKENS = 64
 """Up to here the call is bound by reading ``weight``: small tiles, so that every multiprocessor reads."""
@@ -48,7 +49,7 @@ def launch_shape(T: int, D: int, R: int, dtype: torch.dtype, processors: int) ->
     Of ``T`` only the class (decode, few tokens, prefill) decides what is compiled and how a row is computed; ``tiles``
     is an argument at run time.
     """
-    whole = max(16, triton.next_power_of_2(R))
+    whole = max(16, next_power_of_2(R))
     if dtype == torch.float32:  # no tensor core without TF32
         return Shape(False, 16, 32, 32, 4) if T <= DECODE_TOKENS else Shape(False, 64, 64, 32, 4)
     if T <= DECODE_TOKENS:
@@ -58,9 +59,9 @@ def launch_shape(T: int, D: int, R: int, dtype: torch.dtype, processors: int) ->
     if T * D <= FEW_OUTPUTS:
         return Shape(False, 64, 32, whole, 4)
     block_t, block_d = 64, 128  # T > 64: there is at least one whole tile
-    tiles, columns = triton.cdiv(T, block_t), triton.cdiv(D, block_d)
+    tiles, columns = cdiv(T, block_t), cdiv(D, block_d)
     runs = max(1, 2 * processors // columns)  # two programs a multiprocessor, all at once
-    return Shape(True, block_t, block_d, whole, 4, triton.cdiv(tiles, runs))
+    return Shape(True, block_t, block_d, whole, 4, cdiv(tiles, runs))
 
 
 @triton.jit
@@ -191,7 +192,7 @@ def launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch
     sizes = (R if T == 1 else x.stride(0), x.stride(1), *weight.stride(), D, R)
     blocks = {name: getattr(shape, name) for name in ("BLOCK_T", "BLOCK_D", "BLOCK_R", "num_warps")}
     options = early_start(x.device)
-    grid = (triton.cdiv(T, shape.BLOCK_T * shape.tiles), triton.cdiv(D, shape.BLOCK_D))
+    grid = (cdiv(T, shape.BLOCK_T * shape.tiles), cdiv(D, shape.BLOCK_D))
     with torch.cuda.device_of(x):
         if shape.streaming:
             _streaming_kernel[grid](out, x, weight, bias, T, shape.tiles, *sizes, **blocks, **options)

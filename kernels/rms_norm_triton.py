@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.dependent_launch_triton import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.integers import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -65,10 +66,10 @@ def launch(
     rows, H = x.shape
     if rows == 0:
         return
-    block_h = triton.next_power_of_2(H)
+    block_h = next_power_of_2(H)
     block_r = max(1, 1024 // block_h)  # the small norms of dt, B and C: several rows fill a program
     with torch.cuda.device_of(x):
-        _rms_norm_kernel[(triton.cdiv(rows, block_r),)](
+        _rms_norm_kernel[(cdiv(rows, block_r),)](
             out, x, residual, new_residual, weight, rows, H, eps,
             *x.stride(), *((0, 0) if residual is None else residual.stride()),
             0 if weight is None else weight.stride(0),

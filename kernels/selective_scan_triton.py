@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.approx_triton import LOG2_E
+from tp_mamba.kernels.integers import cdiv
 from tp_mamba.kernels.selective_scan_tiles_triton import selective_scan_tiles_kernel
 from tp_mamba.kernels.ssm_token_triton import BLOCK_D, first_saved_row, jit_by_type, launch_shape, ssm_token
 
@@ -279,7 +280,7 @@ def selective_scan_triton(
             shape = tiles_launch(sequences, channels, n, delta_softplus)
             if saved_states is not None:  # the kernel looks for a state that is due once a group
                 shape["STEPS"] = math.gcd(shape["STEPS"], save_states_every)
-            selective_scan_tiles_kernel[sequences, triton.cdiv(channels, shape["BLOCK_D"])](
+            selective_scan_tiles_kernel[sequences, cdiv(channels, shape["BLOCK_D"])](
                 *tensors, length, channels, pad_slot_id,
                 *(stride[0] for stride in strides), *A.stride(), B_strides[0], C_strides[0], *vector_strides,
                 save_states_every,
@@ -288,7 +289,7 @@ def selective_scan_triton(
                 **shape, **options,
             )  # fmt: skip
         else:
-            _selective_scan_kernel[sequences, triton.cdiv(channels, BLOCK_D)](
+            _selective_scan_kernel[sequences, cdiv(channels, BLOCK_D)](
                 *tensors, length, channels, channels // groups, pad_slot_id,
                 *strides[0], *strides[1], *strides[2], *strides[3],
                 *A.stride(), *B_strides, *C_strides, *vector_strides, save_states_every,
@@ -326,6 +327,6 @@ def tiles_launch(sequences: int, channels: int, n: int, softplus: bool) -> dict[
         if softplus and states > 4:
             steps = min(8, steps)
         shape = {"LANES": lanes, "BLOCK_D": block_d, "EVEN_D": channels % block_d == 0, "STEPS": steps}
-        if most is None or sequences * triton.cdiv(channels, block_d) <= most * _SCHEDULERS:
+        if most is None or sequences * cdiv(channels, block_d) <= most * _SCHEDULERS:
             break
     return {"N": n, **shape, "num_warps": 1, "enable_fp_fusion": False}

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from tp_mamba.kernels.approx_triton import LOG2_E, silu, softplus
 from tp_mamba.kernels.dependent_launch_triton import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.integers import cdiv
 from tp_mamba.kernels.ssm_token_triton import add, jit_by_type, recur
 
 STATE_SIZES = (4, 8, 16, 32)
@@ -198,7 +199,7 @@ def rows_launch(
         "enable_fp_fusion": False,
         **early_start(x.device),
     }
-    return (batch * triton.cdiv(channels, block_d),), shape
+    return (batch * cdiv(channels, block_d),), shape
 
 
 def in_words(size: int, *tensors: torch.Tensor) -> bool:

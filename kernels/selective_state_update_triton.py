@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import no_type_check
 
 import torch
-import triton
 import triton.language as tl
 
 from tp_mamba.kernels.approx_triton import LOG2_E
+from tp_mamba.kernels.integers import cdiv
 from tp_mamba.kernels.selective_state_update_rows_triton import rows_launch, state_update_rows_kernel
 from tp_mamba.kernels.ssm_token_triton import BLOCK_D, jit_by_type, launch_shape, ssm_token
 
@@ -162,7 +162,7 @@ def selective_state_update_triton(
                 state_stride_n=state.stride(2), A_stride_n=A.stride(1), **shape, **options,
             )  # fmt: skip
         else:
-            _selective_state_update_kernel[batch, triton.cdiv(channels, BLOCK_D), heads](
+            _selective_state_update_kernel[batch, cdiv(channels, BLOCK_D), heads](
                 *tensors, channels, heads * channels // groups, pad_slot_id,
                 *strides(state, 1, 4), *x_s, *dt_s, *z_s, *out_s,
                 *strides(A, 0, 3), *B_s, *C_s, *strides(D, 0, 2), *strides(dt_bias, 0, 2),

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from tp_mamba.kernels.integers import cdiv, next_power_of_2
+
 MAX_ROWS = 128
 """Up to here a product with a narrow weight is bound by reading it; one with a wide weight up to half of this."""
 
@@ -61,17 +63,17 @@ class SkinnyLaunch(NamedTuple):
 
 def slice_width(N: int, K: int) -> int:
     """Columns of a slice: a multiple of 128 that depends on the shape of the weight ``[N, K]`` alone."""
-    return min(256 if N <= _NARROW else 1024, 128 * _ceil_div(K, 128))
+    return min(256 if N <= _NARROW else 1024, 128 * cdiv(K, 128))
 
 
 def slice_count(N: int, K: int) -> int:
     """Slices of K, the last of which may be short."""
-    return _ceil_div(K, slice_width(N, K))
+    return cdiv(K, slice_width(N, K))
 
 
 def fills_gpu(N: int, times: int) -> bool:
     """Whether tiles of 32 of N weight rows are ``times`` programs a multiprocessor, or nearly so."""
-    return _ENOUGH_PROGRAMS * times <= _ceil_div(N, 32) <= _MULTIPROCESSORS * times
+    return _ENOUGH_PROGRAMS * times <= cdiv(N, 32) <= _MULTIPROCESSORS * times
 
 
 def slices_launch(M: int, N: int, K: int) -> SkinnyLaunch:
@@ -103,11 +105,11 @@ def skinny_launch(M: int, N: int, K: int) -> SkinnyLaunch:
             return tall
     # Every row tile reads all of x: with more rows of x, taller tiles.
     block_n = 32 if narrow or block_m <= 32 else 64
-    tiles = _ceil_div(N, block_n)
-    group = min(8, _power_of_2_from(slices), 4096 // (block_m * block_n))  # 64 registers of sums a thread
-    while group > 1 and tiles * _ceil_div(slices, group) < _ENOUGH_PROGRAMS * (2 if narrow else 1):
+    tiles = cdiv(N, block_n)
+    group = min(8, next_power_of_2(slices), 4096 // (block_m * block_n))  # 64 registers of sums a thread
+    while group > 1 and tiles * cdiv(slices, group) < _ENOUGH_PROGRAMS * (2 if narrow else 1):
         group //= 2
-    programs = tiles * _ceil_div(slices, group)
+    programs = tiles * cdiv(slices, group)
     at_once = min(max(programs, _MULTIPROCESSORS), _PROGRAMS_AT_ONCE * _MULTIPROCESSORS)
     share, room = (size * _MULTIPROCESSORS // at_once for size in (_BYTES_IN_FLIGHT, _SHARED_BYTES))
 
@@ -128,7 +130,7 @@ def _tall_tiles(block_m: int, N: int, slices: int) -> SkinnyLaunch | None:
     some multiprocessors have two and others none, and no less time with a buffer more.
     """
     for block_n in (64, 128):
-        tiles = _ceil_div(N, block_n)
+        tiles = cdiv(N, block_n)
         groups = _MULTIPROCESSORS // tiles
         if groups == 0 or slices % groups or slices // groups not in (1, 2, 4, 8):
             continue
@@ -148,12 +150,4 @@ def _tall_tiles(block_m: int, N: int, slices: int) -> SkinnyLaunch | None:
 
 
 def _block_m(M: int) -> int:
-    return min(_MOST_BLOCK_M, max(8, _power_of_2_from(M)))
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_2_from(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
+    return min(_MOST_BLOCK_M, max(8, next_power_of_2(M)))

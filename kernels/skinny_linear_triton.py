@@ -20,6 +20,7 @@ from tp_mamba.kernels.dependent_launch_triton import (
     let_next_start,
     wait_for_kernel_ahead,
 )
+from tp_mamba.kernels.integers import cdiv, next_power_of_2
 from tp_mamba.kernels.skinny_linear_launch import SkinnyLaunch, skinny_launch, slice_count, slice_width
 
 _SUM_BLOCK = 128
@@ -216,19 +217,19 @@ def launch(
     if out.numel() == 0:
         return
     cut = skinny_launch(M, N, K) if cut is None else cut
-    groups = triton.cdiv(slice_count(N, K), cut.group)
+    groups = cdiv(slice_count(N, K), cut.group)
     if groups == 1:
         launch_product(out[None], x, weight, cut)
         return
     sums = x.new_empty(groups, M, N, dtype=torch.float32)
     launch_product(sums, x, weight, cut)
     with torch.cuda.device_of(x):
-        _sum_kernel[(triton.cdiv(M * N, _SUM_BLOCK),)](
+        _sum_kernel[(cdiv(M * N, _SUM_BLOCK),)](
             out,
             sums,
             M * N,
             groups,
-            triton.next_power_of_2(groups),
+            next_power_of_2(groups),
             BLOCK=_SUM_BLOCK,
             **early_start(x.device),
         )
@@ -239,7 +240,7 @@ def launch_product(sums: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, cu
     groups, M, N = sums.shape
     K, width = x.shape[1], slice_width(N, x.shape[1])
     with torch.cuda.device_of(x):
-        _product_kernel[(triton.cdiv(N, cut.BLOCK_N), groups, triton.cdiv(M, cut.BLOCK_M))](
+        _product_kernel[(cdiv(N, cut.BLOCK_N), groups, cdiv(M, cut.BLOCK_M))](
             sums, x, weight, M,
             # The stride of a single row says nothing: it must not compile a kernel of its own.
             K if M == 1 else x.stride(0), K if N == 1 else weight.stride(0), N, K, width, cut.group,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.approx_triton import ex2, silu, softplus
+from tp_mamba.kernels.integers import next_power_of_2
 
 BLOCK_D = 32
 """Channels a program: one a lane, so that a thread owns all the states it sums."""
@@ -25,7 +26,7 @@ BLOCK_D = 32
 
 def launch_shape(n: int) -> dict[str, int | bool]:
     """Tile and launch options for state size ``n``, the same for the scan and the update."""
-    block_n = max(4, triton.next_power_of_2(n))
+    block_n = max(4, next_power_of_2(n))
     # 16 states a thread; more would spill. Without fp fusion the two kernels round alike.
     return {
         "N": n,
