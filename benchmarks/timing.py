@@ -18,7 +18,7 @@ from itertools import count
 import torch
 
 FLUSH_BYTES = 1 << 30
-"""More than any L2, and enough to keep a GPU busy while the host launches what is timed."""
+"""More than any L2."""
 
 HOST_SAMPLES = 5
 """Launches of what is timed, of which the slowest counts, and flushes, of which the fastest does."""
