@@ -105,9 +105,10 @@ def make_tensor_parallel(device: str | None, backend: str | None) -> TensorParal
         tp = TensorParallel.from_env(backend or BACKENDS.get(device))
     else:
         tp = TensorParallel(device=device or ("cpu" if backend == "gloo" else None))
-    if tp.device.type == "cpu":
-        # Ranks on one host would each take every core and fight over them.
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if tp.device.type == "cpu" and local_ranks > 1:
+        # Ranks on one host would each take every core and fight over them; or one, as torchrun has it. A process on
+        # its own keeps what torch, or OMP_NUM_THREADS, has chosen.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     return tp
 

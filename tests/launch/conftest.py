@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -31,3 +32,12 @@ def sample(sample_script: ModuleType, tmp_path_factory: pytest.TempPathFactory) 
     weights = sample_script.random_weights(torch.Generator().manual_seed(5))
     sample_script.write_checkpoint(folder, weights, tokenizer)
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for torch, in this test alone: how many there are decides bits of the library's products."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

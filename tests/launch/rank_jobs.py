@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from tp_mamba.launch.environment import make_tensor_parallel
 from tp_mamba.launch.failures import first_failure
 from tp_mamba.launch.prompts import share_prompts
 from tp_mamba.tensor_parallel import TensorParallel
@@ -21,6 +22,12 @@ def add_ranks(offset: int) -> tuple[int, float]:
     """Every rank contributes its number; rank 0's result reaches the launcher."""
     tp = TensorParallel.from_env("gloo")
     return tp.size, float(tp.all_reduce_(torch.tensor([float(tp.rank + offset)])))
+
+
+def count_threads() -> int:
+    """The threads of a rank on a CPU."""
+    make_tensor_parallel("cpu", None)
+    return torch.get_num_threads()
 
 
 def reduce_for_ever(victim: int, fault: str, after: int) -> None:

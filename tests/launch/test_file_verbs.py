@@ -61,9 +61,8 @@ def test_transformers_loads_the_sample_whole(sample: Path) -> None:
     assert not report["unexpected_keys"]
 
 
-def test_fitted_sample_predicts_its_text(sample_script: ModuleType) -> None:
+def test_fitted_sample_predicts_its_text(sample_script: ModuleType, one_thread: None) -> None:
     # The closed-form fit is checked on its own forward pass, over a piece of the text.
-    torch.set_num_threads(1)
     text = sample_script.TEXT.read_text()
     tokenizer = sample_script.make_tokenizer(text)
     ids = torch.tensor(tokenizer.encode(text).ids)[: 12 * sample_script.CHUNK + 1]
