@@ -15,6 +15,7 @@ import torch
 
 from tp_mamba.kernels.checks import check_device, refuse_grad
 from tp_mamba.kernels.dispatch import use_triton
+from tp_mamba.kernels.integers import cdiv
 from tp_mamba.kernels.skinny_linear_launch import (
     MAX_ROWS,
     fills_gpu,
@@ -59,7 +60,7 @@ def _skinny_linear_slices(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
     from tp_mamba.kernels.skinny_linear_triton import launch_product
 
     cut = slices_launch(M, N, K)
-    sums = x.new_empty(-(-slice_count(N, K) // cut.group), M, N, dtype=torch.float32)
+    sums = x.new_empty(cdiv(slice_count(N, K), cut.group), M, N, dtype=torch.float32)
     if sums.numel():
         launch_product(sums, x if x.stride(1) == 1 else x.contiguous(), weight, cut)
     return sums
@@ -68,7 +69,7 @@ def _skinny_linear_slices(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
 @torch.library.register_fake("tp_mamba::skinny_linear_slices")
 def _skinny_linear_slices_fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     N, K = weight.shape
-    groups = -(-slice_count(N, K) // slices_launch(1, N, K).group)
+    groups = cdiv(slice_count(N, K), slices_launch(1, N, K).group)
     return x.new_empty(groups, x.shape[0], N, dtype=torch.float32)
 
 
@@ -96,7 +97,7 @@ def prefers_skinny(M: int, N: int, K: int, dtype: torch.dtype) -> bool:
 
 def prefers_slices(M: int, N: int, K: int, dtype: torch.dtype) -> bool:
     """Whether :func:`skinny_linear_slices` serves better than :func:`skinny_linear` where a kernel adds the slices."""
-    groups = -(-slice_count(N, K) // slices_launch(M, N, K).group)
+    groups = cdiv(slice_count(N, K), slices_launch(M, N, K).group)
     return N <= 512 and prefers_skinny(M, N, K, dtype) and groups <= _MOST_GROUPS
 
 

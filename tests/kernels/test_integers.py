@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import triton
 
 from tp_mamba.kernels.integers import cdiv, next_power_of_2
 
 
 def test_agrees_with_triton() -> None:
-    triton = pytest.importorskip("triton")
     for n in (*range(1, 70), 1023, 1024, 1025, 2**31 - 1, 2**31, 2**40 + 1):
         assert next_power_of_2(n) == triton.next_power_of_2(n)
         for b in (1, 3, 16, 8192):

@@ -76,10 +76,12 @@ def _asleep() -> Path:
 def _hang_up() -> None:
     for link in Path("/proc/self/fd").iterdir():
         if link.is_socket() and int(link.name) > 2:
-            end = socket.socket(fileno=os.dup(int(link.name)))
-            # One that listens is left: gloo aborts the process that it is taken from.
-            if not end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                with contextlib.suppress(OSError):  # a socket without anyone at its other end
+            with contextlib.suppress(
+                OSError
+            ):  # a socket that is gone meanwhile, or without anyone at its other end
+                end = socket.socket(fileno=os.dup(int(link.name)))
+                # One that listens is left: gloo aborts the process that it is taken from.
+                if not end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                     end.shutdown(socket.SHUT_RDWR)
 
 
