@@ -21,7 +21,7 @@ from benchmarks.inputs import normal, starts
 from benchmarks.peers import BYTE_MUST, Target
 from benchmarks.timing import Samples, flushed, replayed
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from tp_mamba.kernels.causal_conv1d_reference import (
+from tp_mamba.kernels.causal_conv1d.reference import (
     causal_conv1d_reference,
     causal_conv1d_update_reference,
 )

@@ -21,7 +21,7 @@ from benchmarks.peers import CPU_DECODE, CPU_PREFILL
 from benchmarks.reference import model_reference
 from benchmarks.timing import Samples, on_host
 from tp_mamba.config import MambaConfig
-from tp_mamba.generation.params import SamplingParams
+from tp_mamba.engine.params import SamplingParams
 from tp_mamba.layers.init import skip_init
 from tp_mamba.model import MambaForCausalLM
 

@@ -21,8 +21,8 @@ from benchmarks.checking import Error, compare
 from benchmarks.peers import DECODE
 from benchmarks.reference import block_reference, state_like
 from benchmarks.timing import Samples, replayed
+from tp_mamba.batch import MambaMetadataBuilder
 from tp_mamba.layers.norm import RMSNorm
-from tp_mamba.metadata import MambaMetadataBuilder
 from tp_mamba.mixer import MambaMixer, MambaState
 
 HIDDEN, RANK, STATES, TAPS = 4096, 256, 16, 4

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tp_mamba.kernels.approx_triton import ex2
+from tp_mamba.kernels.common.approximations import ex2
 
 _BLOCK, _WARPS = 1024, 4
 _PROGRAMS = 16

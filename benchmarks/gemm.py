@@ -22,9 +22,9 @@ from benchmarks.checking import Error, compare
 from benchmarks.inputs import normal, time_step_bias
 from benchmarks.peers import GEMM, WEIGHTS, Target
 from benchmarks.timing import Samples, replayed
+from tp_mamba.kernels.linear.skinny import skinny_linear
 from tp_mamba.kernels.linear_softplus import linear_softplus
-from tp_mamba.kernels.linear_softplus_reference import linear_softplus_reference
-from tp_mamba.kernels.skinny_linear import skinny_linear
+from tp_mamba.kernels.linear_softplus.reference import linear_softplus_reference
 
 BATCHES = (1, 8, 32, 64)
 TIME_STEPS = [(tokens, channels, 256) for channels in (8192, 4096) for tokens in (1, 32, 64, 256, 2048, 8192)]

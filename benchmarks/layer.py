@@ -19,7 +19,7 @@ from benchmarks.checking import Error, compare
 from benchmarks.peers import LAYER
 from benchmarks.reference import mixer_reference, state_like
 from benchmarks.timing import flushed
-from tp_mamba.metadata import MambaMetadata, MambaMetadataBuilder
+from tp_mamba.batch import MambaMetadata, MambaMetadataBuilder
 from tp_mamba.mixer import MambaMixer, MambaState
 
 HIDDEN, RANK, STATES = 4096, 256, 16

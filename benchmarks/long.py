@@ -23,13 +23,13 @@ from benchmarks.layer import HIDDEN, RANK, STATES, empty_state, flops
 from benchmarks.peers import MEMORY
 from benchmarks.reference import mixer_reference, model_reference, scan_reference
 from benchmarks.timing import Samples, flushed
+from tp_mamba.batch import MambaMetadata, MambaMetadataBuilder
 from tp_mamba.config import MambaConfig
-from tp_mamba.generation.params import SamplingParams
+from tp_mamba.engine.params import SamplingParams
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn
-from tp_mamba.kernels.causal_conv1d_reference import causal_conv1d_reference
+from tp_mamba.kernels.causal_conv1d.reference import causal_conv1d_reference
 from tp_mamba.kernels.selective_scan import selective_scan_fn
 from tp_mamba.layers.init import skip_init
-from tp_mamba.metadata import MambaMetadata, MambaMetadataBuilder
 from tp_mamba.model import MambaForCausalLM
 
 TOKENS, CHANNELS = 262_144, 8192

@@ -17,10 +17,10 @@ from benchmarks.chain import Chain, links
 from benchmarks.checking import Error, compare
 from benchmarks.inputs import normal
 from benchmarks.timing import Samples, replayed
-from tp_mamba.kernels.dt_bc_split import split_dt_bc
-from tp_mamba.kernels.dt_bc_split_reference import split_dt_bc_reference
 from tp_mamba.kernels.rms_norm import add_rms_norm
-from tp_mamba.kernels.rms_norm_reference import add_rms_norm_reference
+from tp_mamba.kernels.rms_norm.reference import add_rms_norm_reference
+from tp_mamba.kernels.split_dt_bc import split_dt_bc
+from tp_mamba.kernels.split_dt_bc.reference import split_dt_bc_reference
 
 HIDDEN, RANK, STATES = 4096, 256, 16
 TOKENS = (1, 32, 256, 2048, 8192)

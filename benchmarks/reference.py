@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.inputs import StateSpace
-from tp_mamba.kernels.causal_conv1d_reference import causal_conv1d_reference
-from tp_mamba.kernels.dt_bc_split_reference import split_dt_bc_reference
-from tp_mamba.kernels.linear_softplus_reference import linear_softplus_reference
-from tp_mamba.kernels.rms_norm_reference import add_rms_norm_reference
-from tp_mamba.kernels.selective_scan_reference import selective_scan_reference
+from tp_mamba.kernels.causal_conv1d.reference import causal_conv1d_reference
+from tp_mamba.kernels.linear_softplus.reference import linear_softplus_reference
+from tp_mamba.kernels.rms_norm.reference import add_rms_norm_reference
+from tp_mamba.kernels.selective_scan.reference import selective_scan_reference
+from tp_mamba.kernels.split_dt_bc.reference import split_dt_bc_reference
 from tp_mamba.layers.norm import RMSNorm
 from tp_mamba.mixer import MambaMixer, MambaState
 from tp_mamba.model import MambaForCausalLM

@@ -32,7 +32,7 @@ from tp_mamba.launch.last_word import LastWord
 from tp_mamba.launch.telling import is_teller, tell
 
 if TYPE_CHECKING:
-    from tp_mamba.tensor_parallel import TensorParallel
+    from tp_mamba.parallel.group import TensorParallel
 
 RAW = argparse.RawDescriptionHelpFormatter  # leaves the examples' lines as they are
 VERBS = ("generate", "verify", "plan", "info", "shard", "merge")

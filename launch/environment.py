@@ -12,7 +12,7 @@ from tp_mamba.launch.failures import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from tp_mamba.tensor_parallel import TensorParallel
+    from tp_mamba.parallel.group import TensorParallel
 
 BACKENDS: dict[str | None, str] = {"cpu": "gloo", "cuda": "nccl"}
 """How ranks on a device communicate."""
@@ -83,7 +83,7 @@ def check_ranks(checkpoint: str, n: int) -> None:
     """
     from tp_mamba.config import MambaConfig
     from tp_mamba.model import MambaForCausalLM
-    from tp_mamba.tensor_parallel import TensorParallel
+    from tp_mamba.parallel.group import TensorParallel
 
     MambaForCausalLM(MambaConfig.from_pretrained(checkpoint), tp=TensorParallel.virtual(0, n), device="meta")
 
@@ -98,7 +98,7 @@ def make_tensor_parallel(device: str | None, backend: str | None) -> TensorParal
     """
     import torch
 
-    from tp_mamba.tensor_parallel import TensorParallel
+    from tp_mamba.parallel.group import TensorParallel
 
     check_device(device, backend)
     if under_torchrun():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tp_mamba.model import MambaForCausalLM
-    from tp_mamba.tensor_parallel import TensorParallel
+    from tp_mamba.parallel.group import TensorParallel
 
 USES_RANKS = True
 HELP = "continue one prompt or several; the text appears as it is made"
@@ -100,7 +100,7 @@ def prepare(args: argparse.Namespace) -> None:
     Where torchrun has started the ranks already, the prompts are read in :func:`run`, by rank 0.
     """
     from tp_mamba.checkpoint.location import resolve
-    from tp_mamba.generation.params import SamplingParams
+    from tp_mamba.engine.params import SamplingParams
     from tp_mamba.launch.environment import check_device, check_ranks, resolve_rank_count, under_torchrun
 
     check_device(args.device, args.backend)
@@ -125,10 +125,10 @@ def prepare(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     """Load this rank's part of the model and generate; rank 0 prints."""
-    from tp_mamba.generation.generate import stream
-    from tp_mamba.generation.tokenizer import load_tokenizer
+    from tp_mamba.engine.generate import stream
     from tp_mamba.launch.environment import torch_dtype
     from tp_mamba.model import MambaForCausalLM
+    from tp_mamba.text.tokenizer import load_tokenizer
 
     prompts = args.prompts or share_prompts(args.prompt, args.prompt_file, tp)
     tokenizer = load_tokenizer(args.tokenizer or args.checkpoint)
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
 
 def describe(model: MambaForCausalLM) -> dict[str, Any]:
     """What runs where: ranks, backend, device, dtype, parameters of the whole model, bytes on each rank."""
-    from tp_mamba.sharding import sharded_parameters
+    from tp_mamba.parallel.sharding import sharded_parameters
 
     parameters = [param for _, param in sharded_parameters(model)]
     return {

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tp_mamba.checkpoint.matching import Comparison
-    from tp_mamba.checkpoint.source import TensorSource
+    from tp_mamba.checkpoint.sources.open import TensorSource
     from tp_mamba.config import MambaConfig
-    from tp_mamba.tensor_parallel import TensorParallel
+    from tp_mamba.parallel.group import TensorParallel
 
 USES_RANKS = False
 HELP = "show what a checkpoint is: family, sizes, dtype, files, and whether every tensor is there"
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """Everything ``tp-mamba info`` says of the checkpoint in ``folder``."""
     from tp_mamba.checkpoint.matching import compare
-    from tp_mamba.checkpoint.source import open_source
+    from tp_mamba.checkpoint.sources.open import open_source
     from tp_mamba.config import MambaConfig
 
     config = MambaConfig.from_pretrained(folder)
@@ -96,7 +96,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
 def expected_parameters(config: MambaConfig) -> dict[str, nn.Parameter]:
     """Name to parameter of everything a model of ``config`` is made of, by a model without memory."""
     from tp_mamba.model import MambaForCausalLM
-    from tp_mamba.sharding import sharded_parameters
+    from tp_mamba.parallel.sharding import sharded_parameters
 
     return dict(sharded_parameters(MambaForCausalLM(config, device="meta")))
 

@@ -12,7 +12,7 @@ from tp_mamba.launch.cli import verb_main
 from tp_mamba.launch.console import progress_bar, show_written
 
 if TYPE_CHECKING:
-    from tp_mamba.tensor_parallel import TensorParallel
+    from tp_mamba.parallel.group import TensorParallel
 
 USES_RANKS = False
 HELP = "restore the full checkpoint from the files of `tp-mamba shard`, or convert another layout to -hf's"

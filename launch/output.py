@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tp_mamba.generation.sequence import TokenEvent
+    from tp_mamba.engine.request import TokenEvent
 
 
 _line_open = False

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tp_mamba.model import MambaForCausalLM
-    from tp_mamba.sharding import Split
-    from tp_mamba.tensor_parallel import TensorParallel
+    from tp_mamba.parallel.group import TensorParallel
+    from tp_mamba.parallel.sharding import Split
 
 USES_RANKS = False
 HELP = "show, without loading weights, what each rank would hold, keep for a sequence and send for a token"
@@ -68,7 +68,7 @@ class Row:
 
 def rows_of(model: MambaForCausalLM, n: int) -> list[Row]:
     """One row for every parameter of a (meta) model of ``n`` ranks."""
-    from tp_mamba.sharding import sharded_parameters
+    from tp_mamba.parallel.sharding import sharded_parameters
 
     rows = []
     for name, param in sharded_parameters(model):
@@ -131,7 +131,7 @@ def communication(model: MambaForCausalLM, n: int) -> dict[str, int]:
     Two all-reduces a layer, x_proj's partial sums ``[R+2N]`` in float32 and out_proj's ``[H]`` in the model's
     dtype; one for the embedding ``[H]``; one all-gather of the logits ``[V]``, padding included.
     """
-    from tp_mamba.sharding import padded_size
+    from tp_mamba.parallel.sharding import padded_size
 
     if n == 1:
         return {"all_reduces": 0, "all_reduce_bytes": 0, "all_gathers": 0, "all_gather_bytes": 0}
@@ -168,7 +168,7 @@ def planned_dtype(checkpoint: str, declared: torch.dtype | None) -> tuple[torch.
     from tp_mamba.checkpoint.dtype import checkpoint_dtype
     from tp_mamba.checkpoint.files import BIN_PATTERNS, SAFETENSORS_PATTERNS
     from tp_mamba.checkpoint.location import resolve
-    from tp_mamba.checkpoint.source import open_source
+    from tp_mamba.checkpoint.sources.open import open_source
 
     if declared is not None:
         return declared, "config.json"
@@ -183,7 +183,7 @@ def make_plan(checkpoint: str, n: int, dtype: str | None) -> tuple[list[Row], di
     from tp_mamba.config import MambaConfig
     from tp_mamba.launch.environment import torch_dtype
     from tp_mamba.model import MambaForCausalLM
-    from tp_mamba.tensor_parallel import TensorParallel
+    from tp_mamba.parallel.group import TensorParallel
 
     config = MambaConfig.from_pretrained(checkpoint)
     asked = torch_dtype(dtype)

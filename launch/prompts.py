@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tp_mamba.launch.failures import UsageError
 
 if TYPE_CHECKING:
-    from tp_mamba.tensor_parallel import TensorParallel
+    from tp_mamba.parallel.group import TensorParallel
 
 
 def check_prompt_arguments(texts: Sequence[str], files: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from tp_mamba.launch.cli import verb_main
 from tp_mamba.launch.console import progress_bar, show_written
 
 if TYPE_CHECKING:
-    from tp_mamba.tensor_parallel import TensorParallel
+    from tp_mamba.parallel.group import TensorParallel
 
 USES_RANKS = False
 HELP = "split a checkpoint into one file a rank, which loads without reading the others"

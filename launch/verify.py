@@ -20,7 +20,7 @@ from tp_mamba.launch.prompts import read_prompts, share_prompts
 if TYPE_CHECKING:
     import torch
 
-    from tp_mamba.tensor_parallel import TensorParallel
+    from tp_mamba.parallel.group import TensorParallel
 
 USES_RANKS = False
 HELP = "compare the float32 logits at several numbers of ranks with transformers, or with one rank"
@@ -129,7 +129,7 @@ def input_ids(args: argparse.Namespace) -> torch.Tensor:
     import torch
 
     from tp_mamba.config import MambaConfig
-    from tp_mamba.generation.tokenizer import load_tokenizer
+    from tp_mamba.text.tokenizer import load_tokenizer
 
     if args.prompt is not None:
         ids = load_tokenizer(args.tokenizer or args.checkpoint).encode(args.prompt).ids
@@ -220,7 +220,7 @@ def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
 
 
 def _reference(args: argparse.Namespace) -> torch.Tensor:
-    from tp_mamba.tensor_parallel import TensorParallel
+    from tp_mamba.parallel.group import TensorParallel
 
     if args.reference == "transformers":
         return transformers_logits(args)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
 
 Job = Callable[..., Any]
 

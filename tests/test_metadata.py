@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from tp_mamba.metadata import NULL_SLOT, MambaMetadataBuilder, split_batch_to_prefill_and_decode
+from tp_mamba.batch import NULL_SLOT, MambaMetadataBuilder, split_batch_to_prefill_and_decode
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

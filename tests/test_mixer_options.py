@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from tp_mamba.cache import MambaCache
-from tp_mamba.metadata import MambaMetadataBuilder
+from tp_mamba.batch import MambaMetadataBuilder
 from tp_mamba.mixer import MambaMixer
 from tp_mamba.options import CacheConfig
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.state.store import MambaCache
 
 SIZES: dict[str, Any] = {
     "hidden_size": 6,

@@ -21,11 +21,11 @@ from conv_norm_testing import run_on
 from kernel_testing import assert_within_twice
 from traffic import Recorder, Step, recorded, recorded_as_on_a_gpu
 
-from tp_mamba.kernels.skinny_linear import prefers_skinny, prefers_slices
-from tp_mamba.kernels.skinny_linear_launch import skinny_launch, slice_count, slices_launch
+from tp_mamba.batch import MambaMetadata, MambaMetadataBuilder
+from tp_mamba.kernels.linear.launch import skinny_launch, slice_count, slices_launch
+from tp_mamba.kernels.linear.skinny import prefers_skinny, prefers_slices
 from tp_mamba.layers.init import skip_init
 from tp_mamba.layers.norm import RMSNorm
-from tp_mamba.metadata import MambaMetadata, MambaMetadataBuilder
 from tp_mamba.mixer import MambaMixer, MambaState
 
 

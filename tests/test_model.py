@@ -9,7 +9,7 @@ import torch
 from model_factory import falcon_mamba, full_forward, mamba, save_case
 
 from tp_mamba import MambaConfig, MambaForCausalLM, TensorParallel
-from tp_mamba.metadata import MambaMetadataBuilder
+from tp_mamba.batch import MambaMetadataBuilder
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_float32_is_as_close_to_float64_as_float32_allows(tmp_path: Path) -> Non
 
 
 def test_a_new_model_is_the_same_at_every_rank_count(model: MambaForCausalLM) -> None:
-    from tp_mamba.sharding import sharded_parameters
+    from tp_mamba.parallel.sharding import sharded_parameters
 
     parts = []
     for rank in range(3):

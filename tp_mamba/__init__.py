@@ -10,42 +10,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tp_mamba.cache import MambaCache
+    from tp_mamba.batch import MambaMetadata, MambaMetadataBuilder
     from tp_mamba.checkpoint.load import load_mixer
     from tp_mamba.config import MambaConfig
-    from tp_mamba.generation.params import SamplingParams
-    from tp_mamba.generation.tokenizer import load_tokenizer
+    from tp_mamba.engine.params import SamplingParams
     from tp_mamba.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
     from tp_mamba.layers.norm import RMSNorm
     from tp_mamba.layers.vocab import ParallelLMHead, VocabParallelEmbedding
-    from tp_mamba.metadata import MambaMetadata, MambaMetadataBuilder
     from tp_mamba.mixer import MambaMixer, MambaState
     from tp_mamba.model import MambaForCausalLM, build_mixer
     from tp_mamba.options import CacheConfig, ModelConfig
-    from tp_mamba.tensor_parallel import RankFailedError, TensorParallel
+    from tp_mamba.parallel.group import RankFailedError, TensorParallel
+    from tp_mamba.state.store import MambaCache
+    from tp_mamba.text.tokenizer import load_tokenizer
 
 _MODULES = {
     "CacheConfig": "options",
     "ColumnParallelLinear": "layers.linear",
-    "MambaCache": "cache",
+    "MambaCache": "state.store",
     "MambaConfig": "config",
     "MambaForCausalLM": "model",
-    "MambaMetadata": "metadata",
-    "MambaMetadataBuilder": "metadata",
+    "MambaMetadata": "batch",
+    "MambaMetadataBuilder": "batch",
     "MambaMixer": "mixer",
     "MambaState": "mixer",
     "MergedColumnParallelLinear": "layers.linear",
     "ModelConfig": "options",
     "ParallelLMHead": "layers.vocab",
     "RMSNorm": "layers.norm",
-    "RankFailedError": "tensor_parallel",
+    "RankFailedError": "parallel.group",
     "RowParallelLinear": "layers.linear",
-    "SamplingParams": "generation.params",
-    "TensorParallel": "tensor_parallel",
+    "SamplingParams": "engine.params",
+    "TensorParallel": "parallel.group",
     "VocabParallelEmbedding": "layers.vocab",
     "build_mixer": "model",
     "load_mixer": "checkpoint.load",
-    "load_tokenizer": "generation.tokenizer",
+    "load_tokenizer": "text.tokenizer",
 }
 
 __all__ = [

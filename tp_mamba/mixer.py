@@ -27,25 +27,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tp_mamba.collectives import copy_to_tp
-from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from tp_mamba.kernels.dt_bc_split import split_dt_bc
-from tp_mamba.kernels.dt_proj_state_update import dt_proj_state_update
-from tp_mamba.kernels.linear_softplus import linear_softplus
-from tp_mamba.kernels.selective_scan import selective_scan_fn
-from tp_mamba.layers.conv import ColumnParallelConv1d
-from tp_mamba.layers.init import initialize, uniform
-from tp_mamba.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
-from tp_mamba.layers.norm import RMSNorm
-from tp_mamba.metadata import (
+from tp_mamba.batch import (
     NULL_SLOT,
     MambaMetadata,
     MambaMetadataBuilder,
     split_batch_to_prefill_and_decode,
 )
+from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from tp_mamba.kernels.dt_proj_state_update import dt_proj_state_update
+from tp_mamba.kernels.linear_softplus import linear_softplus
+from tp_mamba.kernels.selective_scan import selective_scan_fn
+from tp_mamba.kernels.split_dt_bc import split_dt_bc
+from tp_mamba.layers.conv import ColumnParallelConv1d
+from tp_mamba.layers.init import initialize, uniform
+from tp_mamba.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+from tp_mamba.layers.norm import RMSNorm
 from tp_mamba.options import resolve_dtype
-from tp_mamba.sharding import Split, declare
-from tp_mamba.tensor_parallel import TensorParallel, checked
+from tp_mamba.parallel.collectives import copy_to_tp
+from tp_mamba.parallel.group import TensorParallel, checked
+from tp_mamba.parallel.sharding import Split, declare
 
 
 class MambaState(NamedTuple):

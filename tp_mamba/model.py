@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from tp_mamba.cache import MambaCache
+from tp_mamba.batch import NULL_SLOT, MambaMetadata, MambaMetadataBuilder
 from tp_mamba.checkpoint.dtype import checkpoint_dtype
 from tp_mamba.checkpoint.load import load_model
 from tp_mamba.checkpoint.location import resolve
 from tp_mamba.checkpoint.save import save_model
-from tp_mamba.checkpoint.source import open_source
+from tp_mamba.checkpoint.sources.open import open_source
 from tp_mamba.config import MambaConfig
 from tp_mamba.layers.init import initialization_skipped, skip_init
 from tp_mamba.layers.norm import RMSNorm
 from tp_mamba.layers.vocab import ParallelLMHead, VocabParallelEmbedding
-from tp_mamba.metadata import NULL_SLOT, MambaMetadata, MambaMetadataBuilder
 from tp_mamba.mixer import MambaMixer, MambaState
 from tp_mamba.options import resolve_dtype
-from tp_mamba.tensor_parallel import TensorParallel, checked
+from tp_mamba.parallel.group import TensorParallel, checked
+from tp_mamba.state.store import MambaCache
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from tp_mamba.generation.generate import GenerationResult, TokenEvent
-    from tp_mamba.generation.params import SamplingParams
+    from tp_mamba.engine.generate import GenerationResult, TokenEvent
+    from tp_mamba.engine.params import SamplingParams
 
 
 def build_mixer(
@@ -344,8 +344,8 @@ class MambaForCausalLM(nn.Module):
         max_batch_size: int | None = None,
         max_prefill_tokens: int = 8192,
     ) -> Iterator[TokenEvent]:
-        """Generate for ``prompts`` token by token; see :func:`tp_mamba.generation.generate.stream`."""
-        from tp_mamba.generation.generate import stream
+        """Generate for ``prompts`` token by token; see :func:`tp_mamba.engine.generate.stream`."""
+        from tp_mamba.engine.generate import stream
 
         return stream(
             self,
@@ -365,8 +365,8 @@ class MambaForCausalLM(nn.Module):
         max_batch_size: int | None = None,
         max_prefill_tokens: int = 8192,
     ) -> list[GenerationResult]:
-        """Generate for ``prompts`` of any lengths; see :func:`tp_mamba.generation.generate.generate`."""
-        from tp_mamba.generation.generate import generate
+        """Generate for ``prompts`` of any lengths; see :func:`tp_mamba.engine.generate.generate`."""
+        from tp_mamba.engine.generate import generate
 
         return generate(
             self,

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tp_mamba.checkpoint.load import load_rank
 from tp_mamba.config import MambaConfig
 from tp_mamba.model import MambaForCausalLM
-from tp_mamba.sharding import sharded_parameters
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.parallel.sharding import sharded_parameters
 
 # Odd on purpose: D = 30 and V = 97 divide by none of 4, 7, 8; R and N are odd; K is not 4.
 ODD = {"hidden_size": 20, "intermediate_size": 30, "num_hidden_layers": 2, "state_size": 5, "conv_kernel": 3}

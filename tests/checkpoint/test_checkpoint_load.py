@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.load import load_mixer, load_mixer_rank, load_model, load_rank
 from tp_mamba.checkpoint.matching import compare
-from tp_mamba.checkpoint.source import open_source
+from tp_mamba.checkpoint.sources.open import open_source
 from tp_mamba.config import MambaConfig
 from tp_mamba.model import MambaForCausalLM, build_mixer
-from tp_mamba.sharding import sharded_parameters
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.parallel.sharding import sharded_parameters
 
 UNTIED = {"tie_word_embeddings": False, "use_bias": True}
 

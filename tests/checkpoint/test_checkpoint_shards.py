@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from tp_mamba.checkpoint.errors import CheckpointError, CheckpointWriteError
 from tp_mamba.checkpoint.shards import merge_checkpoint, shard_checkpoint
-from tp_mamba.checkpoint.source import open_source
+from tp_mamba.checkpoint.sources.open import open_source
 from tp_mamba.config import MambaConfig
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tp_mamba.checkpoint.errors import CheckpointError
-from tp_mamba.checkpoint.source import open_source
+from tp_mamba.checkpoint.sources.open import open_source
 
 TENSORS = {
     "a": torch.arange(60, dtype=torch.float32).reshape(12, 5),

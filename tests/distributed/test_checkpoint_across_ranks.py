@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tp_mamba.checkpoint.shards import merge_checkpoint, shard_checkpoint
 from tp_mamba.model import MambaForCausalLM
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
 
 
 def _load_and_save(tp: TensorParallel, folder: Path, target: Path) -> None:

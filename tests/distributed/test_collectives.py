@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tp_mamba.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
-from tp_mamba.tensor_parallel import RankFailedError, TensorParallel
+from tp_mamba.parallel.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
+from tp_mamba.parallel.group import RankFailedError, TensorParallel
 
 
 def _rank_tensor(rank: int, shape: tuple[int, ...]) -> torch.Tensor:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from model_factory import save_case
 
-from tp_mamba.generation.params import SamplingParams
+from tp_mamba.engine.params import SamplingParams
 from tp_mamba.model import MambaForCausalLM
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
 
 PROMPTS = [[5, 17, 33, 2, 80, 41, 9], [60], [12, 13, 14]]
 SETTINGS = [

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tp_mamba.mixer import MambaMixer
-from tp_mamba.sharding import Split
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.parallel.sharding import Split
 
 T, D = 5, 14
 

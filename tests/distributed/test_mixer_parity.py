@@ -14,8 +14,8 @@ from transformers.models.jamba.modeling_jamba import JambaMambaMixer
 from transformers.models.mamba.modeling_mamba import MambaMixer as HFMambaMixer
 
 from tp_mamba.mixer import MambaMixer
-from tp_mamba.sharding import sharded_parameters
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.parallel.sharding import sharded_parameters
 
 
 def _jamba() -> tuple[nn.Module, dict[str, Any]]:

@@ -10,9 +10,9 @@ import torch
 from model_factory import CASES, full_forward, greedy, save_case
 from torch.distributed.tensor.debug import CommDebugMode
 
-from tp_mamba.generation.params import SamplingParams
+from tp_mamba.engine.params import SamplingParams
 from tp_mamba.model import MambaForCausalLM
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
 
 PROMPTS = [[5, 17, 33, 2, 80, 41, 9], [60], [12, 13, 14]]
 
@@ -52,7 +52,7 @@ def test_logits_and_greedy_text(ranks, case: dict[str, Any], n: int) -> None:
 
 def _count_collectives(tp: TensorParallel, folder: Path) -> dict[str, int]:
     """Collectives of one forward of the model on a mixed batch: a decode row, a new prompt, a continued one."""
-    from tp_mamba.metadata import MambaMetadataBuilder
+    from tp_mamba.batch import MambaMetadataBuilder
 
     model = MambaForCausalLM.from_pretrained(folder, tp, dtype=torch.float32)
     cache = model.new_cache(3)

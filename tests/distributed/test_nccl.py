@@ -12,10 +12,10 @@ from model_factory import full_forward, greedy, save_case
 from rank_pool import RankPool
 from torch.distributed.tensor.debug import CommDebugMode
 
-from tp_mamba.collectives import gather_from_tp, reduce_from_tp
-from tp_mamba.generation.params import SamplingParams
+from tp_mamba.engine.params import SamplingParams
 from tp_mamba.model import MambaForCausalLM
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.collectives import gather_from_tp, reduce_from_tp
+from tp_mamba.parallel.group import TensorParallel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.multigpu]
 
@@ -88,7 +88,7 @@ def test_bfloat16_on_two_gpus(gpus: RankPool, tmp_path: Path) -> None:
 
 
 def _save_and_load_state(tp: TensorParallel, folder: Path, path: Path, save: bool) -> torch.Tensor:
-    from tp_mamba.metadata import MambaMetadataBuilder
+    from tp_mamba.batch import MambaMetadataBuilder
 
     model = MambaForCausalLM.from_pretrained(folder, tp, dtype=torch.float32)
     cache, builder = model.new_cache(1), MambaMetadataBuilder(model.device)

@@ -15,8 +15,8 @@ from torch import nn
 
 from tp_mamba.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from tp_mamba.layers.vocab import ParallelLMHead, VocabParallelEmbedding
-from tp_mamba.sharding import Split
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.parallel.sharding import Split
 
 IN, OUT, ROWS = 10, 14, 5
 

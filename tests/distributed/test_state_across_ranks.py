@@ -8,9 +8,9 @@ import pytest
 import torch
 from model_factory import full_forward, save_case
 
-from tp_mamba.metadata import MambaMetadataBuilder
+from tp_mamba.batch import MambaMetadataBuilder
 from tp_mamba.model import MambaForCausalLM
-from tp_mamba.tensor_parallel import RankFailedError, TensorParallel
+from tp_mamba.parallel.group import RankFailedError, TensorParallel
 
 
 def _prefill_and_save(tp: TensorParallel, folder: Path, path: Path) -> None:

@@ -5,7 +5,7 @@ import random
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from tp_mamba.generation.detokenizer import Detokenizer, special_token_ids
+from tp_mamba.text.detokenizer import Detokenizer, special_token_ids
 
 TEXTS = [
     "The capital of France",

@@ -8,9 +8,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from toy_model import ToyModel
 
-from tp_mamba.generation.generate import generate, stream
-from tp_mamba.generation.params import SamplingParams
-from tp_mamba.generation.sampling import UniformStream, choose
+from tp_mamba.engine.generate import generate, stream
+from tp_mamba.engine.params import SamplingParams
+from tp_mamba.engine.sampler import UniformStream, choose
 
 SAMPLED = {
     "temperature": 0.9,

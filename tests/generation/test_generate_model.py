@@ -8,8 +8,8 @@ from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig,
 from transformers.generation import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-from tp_mamba.generation.generate import generate
-from tp_mamba.generation.params import SamplingParams
+from tp_mamba.engine.generate import generate
+from tp_mamba.engine.params import SamplingParams
 from tp_mamba.model import MambaForCausalLM as OurModel
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

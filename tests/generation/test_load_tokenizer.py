@@ -7,7 +7,7 @@ from huggingface_hub import constants
 from tokenizers import Tokenizer, models
 
 from tp_mamba.checkpoint import location
-from tp_mamba.generation.tokenizer import load_tokenizer
+from tp_mamba.text.tokenizer import load_tokenizer
 
 REMEDY = r"pass --tokenizer EleutherAI/gpt-neox-20b .* or a folder with a tokenizer\.json"
 

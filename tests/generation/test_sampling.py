@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from tp_mamba.generation.params import SamplingParams
-from tp_mamba.generation.sampling import (
+from tp_mamba.engine.params import SamplingParams
+from tp_mamba.engine.sampler import (
     NOT_FINITE,
     UniformStream,
     choose,

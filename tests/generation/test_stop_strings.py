@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tp_mamba.generation.stop_strings import StopStrings
+from tp_mamba.text.stop_strings import StopStrings
 
 
 def reference(text: str, stops: list[str]) -> tuple[str, bool]:

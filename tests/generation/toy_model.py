@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from tp_mamba.metadata import MambaMetadata
+from tp_mamba.batch import MambaMetadata
 
 
 class ToyCache:

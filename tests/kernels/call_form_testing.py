@@ -12,8 +12,8 @@ import torch
 from kernel_testing import assert_within_twice, double, poisoned_like
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tp_mamba.kernels.selective_scan_reference import selective_scan_reference
-from tp_mamba.kernels.selective_state_update_reference import selective_state_update_reference
+from tp_mamba.kernels.selective_scan.reference import selective_scan_reference
+from tp_mamba.kernels.selective_state_update.reference import selective_state_update_reference
 
 PLACES = ["cpu", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
 """Plain torch, the Triton kernels interpreted, and the same compiled, on sizes nearer to those of the callers."""

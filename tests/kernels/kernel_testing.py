@@ -22,16 +22,16 @@ before 20 is off by 7e-4 of the value at 5.5 and by 3e-6 at 10.5, both many time
 89 on, ``exp`` is infinite."""
 
 TRITON_MODULES = (
-    "tp_mamba.kernels.dependent_launch_triton",
-    "tp_mamba.kernels.approx_triton",
-    "tp_mamba.kernels.ssm_token_triton",
-    "tp_mamba.kernels.selective_scan_tiles_triton",
-    "tp_mamba.kernels.linear_softplus_triton",
-    "tp_mamba.kernels.selective_scan_triton",
-    "tp_mamba.kernels.skinny_linear_triton",
-    "tp_mamba.kernels.selective_state_update_rows_triton",
-    "tp_mamba.kernels.selective_state_update_triton",
-    "tp_mamba.kernels.dt_proj_state_update_triton",
+    "tp_mamba.kernels.common.dependent_launch",
+    "tp_mamba.kernels.common.approximations",
+    "tp_mamba.kernels.common.ssm_token",
+    "tp_mamba.kernels.selective_scan.mixer",
+    "tp_mamba.kernels.linear_softplus.mixer",
+    "tp_mamba.kernels.selective_scan.any",
+    "tp_mamba.kernels.linear.mixer",
+    "tp_mamba.kernels.selective_state_update.mixer",
+    "tp_mamba.kernels.selective_state_update.any",
+    "tp_mamba.kernels.dt_proj_state_update.mixer",
 )
 
 

@@ -13,7 +13,7 @@ from conv_norm_testing import CPU, CUDA, INTERPRETER, assert_as_good, assert_sam
 from kernel_testing import Launches, compile_as_launched, registers, specialization, stack_bytes
 
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from tp_mamba.kernels.causal_conv1d_reference import causal_conv1d_reference, causal_conv1d_update_reference
+from tp_mamba.kernels.causal_conv1d.reference import causal_conv1d_reference, causal_conv1d_update_reference
 
 EVERYWHERE = [CPU, INTERPRETER, CUDA]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -297,7 +297,7 @@ def test_update_of_many_tokens(where: str) -> None:
 
 
 def check_new_lengths_do_not_recompile(device: str) -> None:
-    from tp_mamba.kernels.causal_conv1d_triton import _causal_conv1d_kernel
+    from tp_mamba.kernels.causal_conv1d.any import _causal_conv1d_kernel
 
     D, K = 32, 4
     weight, bias = weights(D, K, True, torch.bfloat16, device)
@@ -355,7 +355,7 @@ def record(
     monkeypatch: pytest.MonkeyPatch, x: torch.Tensor, lengths: tuple[int, ...], *, dense: bool = False
 ) -> tuple[Any, Any]:
     """What a packed batch ``x [D, T]``, or a dense one of one sequence, launches on a GPU: kernel, arguments."""
-    from tp_mamba.kernels import causal_conv1d_triton as module
+    from tp_mamba.kernels.causal_conv1d import any as module
 
     kernel, launches = module._causal_conv1d_kernel, Launches()
     weight, bias = weights(x.shape[0], 4, True, x.dtype, "cpu")
@@ -401,7 +401,7 @@ def test_prompts_compile_for_sm90_vectorised_without_spills(
 
 def test_run_length() -> None:
     """One wave or a few of long runs, short ones from where many programs wait beside each other."""
-    from tp_mamba.kernels.causal_conv1d_triton import tokens_a_run
+    from tp_mamba.kernels.causal_conv1d.any import tokens_a_run
 
     assert [tokens_a_run(tokens, 16, 8, True) for tokens in (1, 2048, 4096, 4097, 8192, 2**31)] == [
         32, 32, 32, 16, 16, 16,

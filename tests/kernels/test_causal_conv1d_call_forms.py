@@ -15,7 +15,7 @@ from conv_norm_testing import run_on
 from kernel_testing import assert_within_twice, double
 
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from tp_mamba.kernels.causal_conv1d_reference import causal_conv1d_reference, causal_conv1d_update_reference
+from tp_mamba.kernels.causal_conv1d.reference import causal_conv1d_reference, causal_conv1d_update_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CALLS = [(2, True, "silu"), (3, False, "silu"), (4, True, None)]

@@ -14,7 +14,7 @@ from kernel_testing import Launches, compile_as_launched, sass_of, specializatio
 from ptx_testing import read_ahead
 
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from tp_mamba.kernels.causal_conv1d_reference import causal_conv1d_update_reference
+from tp_mamba.kernels.causal_conv1d.reference import causal_conv1d_update_reference
 
 HERE = [INTERPRETER, CUDA]
 PADDED = -7
@@ -55,7 +55,7 @@ def update(
     inputs: dict[str, Any], activation: str | None, *, step: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, states after it) of one of the two kernels, into memory full of NaN; ``inputs`` stay as they are."""
-    from tp_mamba.kernels import causal_conv1d_triton as module
+    from tp_mamba.kernels.causal_conv1d import any as module
 
     states = inputs["conv_state"].mT.clone().mT
     out = poison(torch.empty(inputs["x"].shape, dtype=inputs["x"].dtype, device=inputs["x"].device))
@@ -85,7 +85,7 @@ def check_bits(device: str, dtype: torch.dtype) -> None:
 
 def check_rows_a_program(device: str) -> None:
     """The bits are the same with several rows a program, the last of which has fewer; padded ones among them."""
-    from tp_mamba.kernels import causal_conv1d_step_triton as module
+    from tp_mamba.kernels.causal_conv1d import mixer as module
 
     for rows, batch, has_slots in ((2, 3, True), (4, 9, True), (2, 5, False)):
         inputs = make(batch, 20, 4, True, torch.bfloat16)
@@ -129,8 +129,8 @@ def test_bits_are_the_general_kernels(where: str, dtype: torch.dtype) -> None:
 
 def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any], *, pdl: bool = True) -> tuple[Any, Any]:
     """The kernel that a call on a GPU would launch, and its launch; ``x`` may be ``[B, D]`` or ``[B, D, L]``."""
-    from tp_mamba.kernels import causal_conv1d_step_triton as step
-    from tp_mamba.kernels import causal_conv1d_triton as general
+    from tp_mamba.kernels.causal_conv1d import any as general
+    from tp_mamba.kernels.causal_conv1d import mixer as step
 
     kernels = {"_step_kernel": step._step_kernel, "_causal_conv1d_kernel": general._causal_conv1d_kernel}
     launches = {name: Launches() for name in kernels}
@@ -282,7 +282,7 @@ def check_early_start(device: str) -> None:
 
     Each of x, weights, bias and slots is once the last that is written, right ahead of the kernel.
     """
-    from tp_mamba.kernels import causal_conv1d_step_triton as module
+    from tp_mamba.kernels.causal_conv1d import mixer as module
 
     inputs = on(device, make(32, 8192, 4, True, torch.bfloat16))
     inputs["conv_state"] = inputs["conv_state"].mT.contiguous().mT

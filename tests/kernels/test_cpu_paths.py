@@ -8,11 +8,12 @@ import torch
 from conv_norm_testing import assert_as_good
 from kernel_testing import assert_within_twice, double, poisoned_like
 
-from tp_mamba.kernels import causal_conv1d_cpu, selective_scan_cpu
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from tp_mamba.kernels.causal_conv1d_reference import causal_conv1d_reference
+from tp_mamba.kernels.causal_conv1d import cpu as causal_conv1d_cpu
+from tp_mamba.kernels.causal_conv1d.reference import causal_conv1d_reference
+from tp_mamba.kernels.selective_scan import cpu as selective_scan_cpu
 from tp_mamba.kernels.selective_scan import selective_scan_fn
-from tp_mamba.kernels.selective_scan_reference import selective_scan_reference
+from tp_mamba.kernels.selective_scan.reference import selective_scan_reference
 from tp_mamba.kernels.selective_state_update import selective_state_update
 
 D = 40

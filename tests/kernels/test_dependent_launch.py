@@ -14,14 +14,14 @@ from kernel_testing import Launches, compile_as_launched
 from ptx_testing import read_ahead
 
 import tp_mamba.kernels
-from tp_mamba.kernels.dt_bc_split import split_dt_bc
+from tp_mamba.batch import MambaMetadataBuilder
+from tp_mamba.kernels.linear.skinny import skinny_linear
 from tp_mamba.kernels.linear_softplus import linear_softplus
 from tp_mamba.kernels.rms_norm import add_rms_norm, rms_norm
-from tp_mamba.kernels.skinny_linear import skinny_linear
-from tp_mamba.metadata import MambaMetadataBuilder
+from tp_mamba.kernels.split_dt_bc import split_dt_bc
 from tp_mamba.mixer import MambaMixer, MambaState
 
-_HAS_DEPENDENT_LAUNCH = "tp_mamba.kernels.dependent_launch_triton.has_dependent_launch"
+_HAS_DEPENDENT_LAUNCH = "tp_mamba.kernels.common.dependent_launch.has_dependent_launch"
 
 
 def zeros(*shape: int) -> torch.Tensor:

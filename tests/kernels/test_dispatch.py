@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tp_mamba.kernels.dispatch import use_triton
+from tp_mamba.kernels.common.dispatch import use_triton
 
 
 def test_triton_serves_a_gpu_and_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

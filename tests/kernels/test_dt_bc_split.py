@@ -13,9 +13,9 @@ import torch
 from conv_norm_testing import CPU, CUDA, INTERPRETER, assert_as_good, compile_for_h100, poison, run_on
 from kernel_testing import Launches, assert_within_twice, double, specialization, to
 
-from tp_mamba.kernels.dt_bc_split import split_dt_bc
-from tp_mamba.kernels.dt_bc_split_reference import split_dt_bc_reference
-from tp_mamba.kernels.skinny_linear_reference import add_slices
+from tp_mamba.kernels.linear.reference import add_slices
+from tp_mamba.kernels.split_dt_bc import split_dt_bc
+from tp_mamba.kernels.split_dt_bc.reference import split_dt_bc_reference
 
 EVERYWHERE = [CPU, INTERPRETER, CUDA]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -287,8 +287,8 @@ def test_compiled_and_opcheck() -> None:
 
 def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any]) -> tuple[Any, Any]:
     """The kernel, and the launch that the Triton path would make for a call."""
-    import tp_mamba.kernels.dt_bc_split as op
-    import tp_mamba.kernels.dt_bc_split_triton as module
+    import tp_mamba.kernels.split_dt_bc as op
+    import tp_mamba.kernels.split_dt_bc.mixer as module
 
     launches, kernel = Launches(), module._split_kernel
     with monkeypatch.context() as patch:

@@ -25,9 +25,9 @@ from ptx_testing import read_ahead
 
 from tp_mamba.kernels.dt_proj_state_update import dt_proj_state_update
 from tp_mamba.kernels.linear_softplus import linear_softplus
-from tp_mamba.kernels.linear_softplus_reference import linear_softplus_reference
+from tp_mamba.kernels.linear_softplus.reference import linear_softplus_reference
 from tp_mamba.kernels.selective_state_update import selective_state_update
-from tp_mamba.kernels.selective_state_update_reference import selective_state_update_reference
+from tp_mamba.kernels.selective_state_update.reference import selective_state_update_reference
 
 PAD = 0
 
@@ -79,7 +79,7 @@ CASES["16-bit states"]["state"] = CASES["16-bit states"]["state"].mT.bfloat16().
 
 def fused_module() -> Any:
     """The kernel's module as the op has it now: ``triton_device`` imports another one for the interpreter."""
-    return importlib.import_module("tp_mamba.kernels.dt_proj_state_update_triton")
+    return importlib.import_module("tp_mamba.kernels.dt_proj_state_update.mixer")
 
 
 @pytest.fixture(params=DEVICES)
@@ -213,7 +213,7 @@ def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any], pdl: bool = 
     with monkeypatch.context() as patch:
         patch.setattr(fused, "dt_proj_state_update_kernel", launches)
         patch.setattr("tp_mamba.kernels.dt_proj_state_update.use_triton", lambda x: True)
-        patch.setattr("tp_mamba.kernels.dependent_launch_triton.has_dependent_launch", lambda device: pdl)
+        patch.setattr("tp_mamba.kernels.common.dependent_launch.has_dependent_launch", lambda device: pdl)
         dt_proj_state_update(**inputs, pad_slot_id=PAD)
     return kernel, launches.calls[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 
-from tp_mamba.kernels.integers import cdiv, next_power_of_2
+from tp_mamba.kernels.common.integers import cdiv, next_power_of_2
 
 
 def test_agrees_with_triton() -> None:

@@ -9,7 +9,7 @@ from kernel_testing import assert_within_twice
 
 from tp_mamba.kernels import linear as linear_module
 from tp_mamba.kernels.linear import linear
-from tp_mamba.kernels.skinny_linear import prefers_skinny, skinny_linear
+from tp_mamba.kernels.linear.skinny import prefers_skinny, skinny_linear
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +164,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name, value in (("is_cuda", True), ("is_cpu", False)):
         monkeypatch.setattr(torch.Tensor, name, value)
-    monkeypatch.setattr("tp_mamba.kernels.skinny_linear.use_triton", lambda x: False)
+    monkeypatch.setattr("tp_mamba.kernels.linear.skinny.use_triton", lambda x: False)
     monkeypatch.setattr(linear_module, "skinny_linear", noted("skinny_linear", skinny_linear))
     monkeypatch.setattr(linear_module.F, "linear", noted("linear", F.linear))
     return names

@@ -26,7 +26,7 @@ from kernel_testing import (
 )
 
 from tp_mamba.kernels.linear_softplus import linear_softplus
-from tp_mamba.kernels.linear_softplus_reference import linear_softplus_reference
+from tp_mamba.kernels.linear_softplus.reference import linear_softplus_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [
@@ -63,7 +63,7 @@ def any_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 def kernels() -> Any:
     """The kernels' module as it is now: ``triton_device`` imports another one to be interpreted."""
-    return importlib.import_module("tp_mamba.kernels.linear_softplus_triton")
+    return importlib.import_module("tp_mamba.kernels.linear_softplus.mixer")
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def test_compiled_and_opcheck() -> None:
 def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any]) -> tuple[str, Any, Any]:
     """Name and kernel of the launch that the Triton path would make for a call, and that launch."""
     import tp_mamba.kernels.linear_softplus as op
-    import tp_mamba.kernels.linear_softplus_triton as module
+    import tp_mamba.kernels.linear_softplus.mixer as module
 
     names = ("_streaming_kernel", "_tiled_kernel")
     launches = {name: Launches() for name in names}
@@ -299,7 +299,7 @@ def test_four_compilations_for_all_token_counts(monkeypatch: pytest.MonkeyPatch)
 )
 def test_programs_fill_the_gpu_once(T: int, D: int) -> None:
     """With the weight held, programs are at most two a multiprocessor, and no more than a tenth too few."""
-    from tp_mamba.kernels.linear_softplus_triton import launch_shape
+    from tp_mamba.kernels.linear_softplus.mixer import launch_shape
 
     shape = launch_shape(T, D, 256, torch.bfloat16, 132)
     assert shape.streaming

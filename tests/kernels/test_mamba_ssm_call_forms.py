@@ -26,7 +26,7 @@ from call_form_testing import (
 from call_forms import mamba_ssm_selective_scan_fn
 from kernel_testing import assert_within_twice, double
 
-from tp_mamba.kernels.selective_scan_reference import selective_scan_reference
+from tp_mamba.kernels.selective_scan.reference import selective_scan_reference
 from tp_mamba.kernels.selective_state_update import selective_state_update
 
 

@@ -12,7 +12,7 @@ from conv_norm_testing import CPU, CUDA, INTERPRETER, assert_as_good, assert_sam
 from kernel_testing import Launches, compile_as_launched, specialization, stack_bytes
 
 from tp_mamba.kernels.rms_norm import add_rms_norm, rms_norm
-from tp_mamba.kernels.rms_norm_reference import add_rms_norm_reference, rms_norm_reference
+from tp_mamba.kernels.rms_norm.reference import add_rms_norm_reference, rms_norm_reference
 
 EVERYWHERE = [CPU, INTERPRETER, CUDA]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -122,7 +122,7 @@ def test_float64_is_computed_in_float64() -> None:
 
 
 def check_new_row_counts_do_not_recompile(device: str) -> None:
-    from tp_mamba.kernels.rms_norm_triton import _rms_norm_kernel
+    from tp_mamba.kernels.rms_norm.any import _rms_norm_kernel
 
     def variants() -> int:
         return sum(len(cache[0]) for cache in _rms_norm_kernel.device_caches.values())
@@ -146,13 +146,13 @@ def record(
     weight: torch.Tensor | None,
 ) -> tuple[Any, Any]:
     """The kernel, and the launch that a call would make on a Hopper GPU."""
-    from tp_mamba.kernels import rms_norm_triton as module
+    from tp_mamba.kernels.rms_norm import any as module
 
     kernel, launches = module._rms_norm_kernel, Launches()
     with monkeypatch.context() as patch:
         patch.setattr(module, "_rms_norm_kernel", launches)
         patch.setattr("tp_mamba.kernels.rms_norm.use_triton", lambda x: True)
-        patch.setattr("tp_mamba.kernels.dependent_launch_triton.has_dependent_launch", lambda device: True)
+        patch.setattr("tp_mamba.kernels.common.dependent_launch.has_dependent_launch", lambda device: True)
         add_rms_norm(x, residual, weight)
     (launch,) = launches.calls
     return kernel, launch

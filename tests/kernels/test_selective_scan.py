@@ -21,7 +21,7 @@ from kernel_testing import (
 )
 
 from tp_mamba.kernels.selective_scan import selective_scan_fn
-from tp_mamba.kernels.selective_scan_reference import selective_scan_reference
+from tp_mamba.kernels.selective_scan.reference import selective_scan_reference
 
 
 @pytest.fixture(params=DEVICES)
@@ -234,7 +234,7 @@ def test_cpu_path_many_lengths() -> None:
 
 
 def test_cpu_path_blocks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tp_mamba.kernels.selective_scan_cpu._BLOCK_ELEMENTS", 40 * 4 * 2)
+    monkeypatch.setattr("tp_mamba.kernels.selective_scan.cpu._BLOCK_ELEMENTS", 40 * 4 * 2)
     check(make(7, 4, [30, 6], seed=29), torch.device("cpu"))
     grouped = make(12, 4, [30, 6], seed=31)
     g = torch.Generator().manual_seed(31)
@@ -284,7 +284,7 @@ def test_compiled_and_opcheck() -> None:
 def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any], **extra: Any) -> tuple[Any, Any]:
     """The kernel, and the launch that the Triton path would make for a call."""
     import tp_mamba.kernels.selective_scan as op
-    import tp_mamba.kernels.selective_scan_triton as module
+    import tp_mamba.kernels.selective_scan.any as module
 
     launches, kernel = Launches(), module._selective_scan_kernel
     with monkeypatch.context() as patch:

@@ -21,7 +21,7 @@ TILES = [(4, 16), (4, 8), (2, 16), (2, 4), (1, 4), (4, 1)]
 
 def scan_module() -> Any:
     """The module as the dispatcher has it now: ``triton_device`` imports another one for the interpreter."""
-    return importlib.import_module("tp_mamba.kernels.selective_scan_triton")
+    return importlib.import_module("tp_mamba.kernels.selective_scan.any")
 
 
 def launch_of(lanes: int, steps: int) -> Any:
@@ -86,7 +86,7 @@ def compile_launch(
     sequences: int, channels: int, softplus: bool, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Any, dict[str, Any]]:
     """What is launched for so many sequences and channels as a mixer calls it (or with softplus inside), compiled."""
-    from tp_mamba.kernels import selective_scan_triton as module
+    from tp_mamba.kernels.selective_scan import any as module
 
     kernel, shape = module.selective_scan_tiles_kernel, module.tiles_launch(sequences, channels, 16, softplus)
     recorded = Launches()
@@ -139,7 +139,7 @@ def test_loop_of_the_kernel_for_tiles(
 
 def test_choice() -> None:
     """The more sequences, the fewer lanes a channel."""
-    from tp_mamba.kernels.selective_scan_triton import tiles_launch
+    from tp_mamba.kernels.selective_scan.any import tiles_launch
 
     def chosen(sequences: int, channels: int, n: int = 16, softplus: bool = False) -> tuple[int, int]:
         shape = tiles_launch(sequences, channels, n, softplus)

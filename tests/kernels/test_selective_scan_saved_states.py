@@ -23,7 +23,7 @@ from test_selective_scan import make
 from test_selective_scan_launches import TILES, launch_of, loop_of, scan_module
 
 from tp_mamba.kernels.selective_scan import selective_scan_fn
-from tp_mamba.kernels.selective_scan_reference import selective_scan_reference
+from tp_mamba.kernels.selective_scan.reference import selective_scan_reference
 
 LENGTHS = [11, 0, 1, 17, 8]
 MIXER, GENERAL = "mixer", "general"
@@ -192,7 +192,7 @@ def test_bits_do_not_depend_on_the_launch(
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 7, 30, 31, 1000])
 def test_cpu_path_float64(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of three tokens, pieces of twelve: rows fall on and between their ends. The rest keeps its bits."""
-    monkeypatch.setattr("tp_mamba.kernels.selective_scan_cpu._BLOCK_ELEMENTS", 3 * 6 * 4)
+    monkeypatch.setattr("tp_mamba.kernels.selective_scan.cpu._BLOCK_ELEMENTS", 3 * 6 * 4)
     for inputs in (packed(6, 4, [30, 0, 2, 13], seed=k), dense(6, 4, 31, seed=k)):
         exact = selective_scan_reference(**own(double(inputs)), save_states_every=k)
         out, last, saved = selective_scan_fn(
@@ -257,7 +257,7 @@ def record(
 ) -> tuple[Any, dict[str, Any], Any]:
     """The kernel chosen for a mixer's call with 16 states, its shape, and its launch."""
     import tp_mamba.kernels.selective_scan as op
-    import tp_mamba.kernels.selective_scan_triton as module
+    import tp_mamba.kernels.selective_scan.any as module
 
     T, N = 8 * sequences, 16
     x, bc = torch.zeros(T, 2 * channels, dtype=torch.bfloat16), torch.zeros(T, 2 * N)

@@ -21,7 +21,7 @@ from kernel_testing import (
 
 from tp_mamba.kernels.selective_scan import selective_scan_fn
 from tp_mamba.kernels.selective_state_update import selective_state_update
-from tp_mamba.kernels.selective_state_update_reference import selective_state_update_reference
+from tp_mamba.kernels.selective_state_update.reference import selective_state_update_reference
 
 
 @pytest.fixture(params=DEVICES)
@@ -240,7 +240,7 @@ def test_compiled_and_opcheck() -> None:
 def record(monkeypatch: pytest.MonkeyPatch, state: torch.Tensor, inputs: dict[str, Any]) -> tuple[Any, Any]:
     """The kernel, and the launch that the Triton path would make for a call."""
     import tp_mamba.kernels.selective_state_update as op
-    import tp_mamba.kernels.selective_state_update_triton as module
+    import tp_mamba.kernels.selective_state_update.any as module
 
     launches, kernel = Launches(), module._selective_state_update_kernel
     with monkeypatch.context() as patch:

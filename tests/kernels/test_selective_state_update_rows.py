@@ -22,10 +22,10 @@ from kernel_testing import (
 )
 from ptx_testing import read_ahead
 
-from tp_mamba.cache import MambaCache
+from tp_mamba.batch import MambaMetadataBuilder
 from tp_mamba.kernels.selective_state_update import selective_state_update
-from tp_mamba.metadata import MambaMetadataBuilder
 from tp_mamba.mixer import MambaMixer
+from tp_mamba.state.store import MambaCache
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -37,7 +37,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 def module() -> Any:
     """The launcher's module as it is now: ``triton_device`` imports another to be interpreted."""
-    return importlib.import_module("tp_mamba.kernels.selective_state_update_triton")
+    return importlib.import_module("tp_mamba.kernels.selective_state_update.any")
 
 
 def make(
@@ -137,9 +137,9 @@ def test_padded_rows(device: torch.device, pad_slot_id: int) -> None:
 
 def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any], pdl: bool = True) -> tuple[str, Any, Any]:
     """Which kernel the Triton path would launch for a call on a Hopper GPU: its name, itself and the launch."""
-    import tp_mamba.kernels.dependent_launch_triton as dependent
+    import tp_mamba.kernels.common.dependent_launch as dependent
     import tp_mamba.kernels.selective_state_update as op
-    import tp_mamba.kernels.selective_state_update_triton as module
+    import tp_mamba.kernels.selective_state_update.any as module
 
     launches = {name: Launches() for name in ("state_update_rows_kernel", "_selective_state_update_kernel")}
     kernels = {name: getattr(module, name) for name in launches}

@@ -28,25 +28,25 @@ from ptx_testing import read_ahead
 from triton_interpreter import repair
 
 from tp_mamba.kernels import linear as linear_module
-from tp_mamba.kernels.skinny_linear import (
-    prefers_skinny,
-    prefers_slices,
-    skinny_linear,
-    skinny_linear_slices,
-)
-from tp_mamba.kernels.skinny_linear_launch import (
+from tp_mamba.kernels.linear.launch import (
     SkinnyLaunch,
     skinny_launch,
     slice_count,
     slice_width,
     slices_launch,
 )
-from tp_mamba.kernels.skinny_linear_reference import add_slices, skinny_linear_reference
+from tp_mamba.kernels.linear.reference import add_slices, skinny_linear_reference
+from tp_mamba.kernels.linear.skinny import (
+    prefers_skinny,
+    prefers_slices,
+    skinny_linear,
+    skinny_linear_slices,
+)
 from tp_mamba.layers import linear as layers
 from tp_mamba.layers.linear import RowParallelLinear
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
 
-_HAS_DEPENDENT_LAUNCH = "tp_mamba.kernels.dependent_launch_triton.has_dependent_launch"
+_HAS_DEPENDENT_LAUNCH = "tp_mamba.kernels.common.dependent_launch.has_dependent_launch"
 
 DTYPES = [torch.bfloat16, torch.float16]
 SIZES = [
@@ -253,7 +253,7 @@ def test_row_depends_neither_on_its_batch_nor_on_its_size(device: torch.device) 
 def run_cut(
     inputs: dict[str, Any], cut: SkinnyLaunch, out_dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    from tp_mamba.kernels.skinny_linear_triton import launch
+    from tp_mamba.kernels.linear.mixer import launch
 
     x, weight = inputs["x"], inputs["weight"]
     out = poisoned_like(x.new_empty(x.shape[0], weight.shape[0], dtype=out_dtype))
@@ -303,7 +303,7 @@ def test_slices_add_up_to_the_whole(
         torch.Tensor, "new_empty", lambda *args, **options: poisoned_like(new_empty(*args, **options))
     )
     check_slices(to(make(M, N, K, dtype), device), bits=True)
-    monkeypatch.setattr("tp_mamba.kernels.skinny_linear.use_triton", lambda x: False)
+    monkeypatch.setattr("tp_mamba.kernels.linear.skinny.use_triton", lambda x: False)
     check_slices(make(M, N, K, dtype), bits=False)
 
 
@@ -375,7 +375,7 @@ def test_more_than_2_31_elements() -> None:
 @pytest.mark.parametrize(("N", "K"), DECODE)
 def test_early_start_reads_nothing_too_early(N: int, K: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a graph whose kernels ahead still write x, and weight too: with and without the early start, the same bits."""
-    from tp_mamba.kernels.skinny_linear_triton import launch
+    from tp_mamba.kernels.linear.mixer import launch
 
     old, new = (to(make(8, N, K, seed=seed), torch.device("cuda")) for seed in (0, 1))
     x, weight = old["x"].clone(), old["weight"].clone()
@@ -512,8 +512,8 @@ def record(
     monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any], pdl: bool = True, slices: bool = False
 ) -> dict[str, tuple[Any, Any]]:
     """Kernel and launch, by name, of what the Triton path would launch for a call on a Hopper GPU."""
-    import tp_mamba.kernels.skinny_linear as op
-    import tp_mamba.kernels.skinny_linear_triton as module
+    import tp_mamba.kernels.linear.mixer as module
+    import tp_mamba.kernels.linear.skinny as op
 
     launches = {name: Launches() for name in ("_product_kernel", "_sum_kernel")}
     kernels = {name: getattr(module, name) for name in launches}
@@ -622,7 +622,7 @@ class Products:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.called: list[str] = []
         monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-        monkeypatch.setattr("tp_mamba.kernels.skinny_linear.use_triton", lambda x: False)
+        monkeypatch.setattr("tp_mamba.kernels.linear.skinny.use_triton", lambda x: False)
         monkeypatch.setattr(torch, "mm", self.mm)
         for module, name in (
             (layers, "skinny_linear"),

@@ -34,10 +34,10 @@ from call_forms import (
 from conv_norm_testing import run_on
 from kernel_testing import assert_within_twice, double, poisoned_like
 
-from tp_mamba.kernels.causal_conv1d_reference import causal_conv1d_reference, causal_conv1d_update_reference
+from tp_mamba.kernels.causal_conv1d.reference import causal_conv1d_reference, causal_conv1d_update_reference
 from tp_mamba.kernels.selective_scan import selective_scan_fn
-from tp_mamba.kernels.selective_scan_reference import selective_scan_reference
-from tp_mamba.kernels.selective_state_update_reference import selective_state_update_reference
+from tp_mamba.kernels.selective_scan.reference import selective_scan_reference
+from tp_mamba.kernels.selective_state_update.reference import selective_state_update_reference
 
 
 @pytest.fixture(params=PLACES)

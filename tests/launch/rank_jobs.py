@@ -15,7 +15,7 @@ import torch
 from tp_mamba.launch.environment import make_tensor_parallel
 from tp_mamba.launch.failures import first_failure
 from tp_mamba.launch.prompts import share_prompts
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
 
 
 def add_ranks(offset: int) -> tuple[int, float]:

@@ -17,7 +17,7 @@ from tp_mamba.launch import cli
 from tp_mamba.launch.arguments import rank_count, rank_counts
 from tp_mamba.launch.environment import make_tensor_parallel, resolve_rank_count
 from tp_mamba.launch.prompts import read_prompts
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
 
 USAGE = 2
 

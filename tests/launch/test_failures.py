@@ -8,7 +8,7 @@ import pytest
 from torch.distributed import DistBackendError
 
 from tp_mamba.launch.failures import first_failure, is_consequence, record_failure, sentence_of
-from tp_mamba.tensor_parallel import RankFailedError
+from tp_mamba.parallel.group import RankFailedError
 
 
 @pytest.mark.parametrize(

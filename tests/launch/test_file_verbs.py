@@ -17,7 +17,7 @@ from tp_mamba.config import MambaConfig
 from tp_mamba.launch import cli
 from tp_mamba.launch.published import PUBLISHED, Sizes
 from tp_mamba.model import MambaForCausalLM
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
 
 WEIGHTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 

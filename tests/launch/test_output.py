@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tp_mamba.generation.sequence import TokenEvent
+from tp_mamba.engine.request import TokenEvent
 from tp_mamba.launch.output import Output
 
 

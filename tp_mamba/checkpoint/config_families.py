@@ -18,7 +18,7 @@ from tp_mamba.checkpoint.config_fields import (
     get_token_ids,
 )
 from tp_mamba.checkpoint.errors import ConfigError
-from tp_mamba.sharding import padded_size
+from tp_mamba.parallel.sharding import padded_size
 
 if TYPE_CHECKING:
     from tp_mamba.config import MambaConfig

@@ -6,7 +6,7 @@ import torch
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.matching import WEIGHT_DTYPES
-from tp_mamba.checkpoint.tensor_source import TensorSource
+from tp_mamba.checkpoint.sources.base import TensorSource
 
 
 def checkpoint_dtype(source: TensorSource) -> torch.dtype:

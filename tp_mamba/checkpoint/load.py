@@ -12,10 +12,10 @@ from torch import nn
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.matching import Entry, Matching, match, read_pieces, verify_tied
 from tp_mamba.checkpoint.names import canonical_name
-from tp_mamba.checkpoint.sharded_source import local_shape
-from tp_mamba.checkpoint.source import open_source
-from tp_mamba.checkpoint.tensor_source import TensorSource
-from tp_mamba.sharding import Sharded, sharded_parameters
+from tp_mamba.checkpoint.sources.base import TensorSource
+from tp_mamba.checkpoint.sources.open import open_source
+from tp_mamba.checkpoint.sources.shards import local_shape
+from tp_mamba.parallel.sharding import Sharded, sharded_parameters
 
 if TYPE_CHECKING:
     from tp_mamba.mixer import MambaMixer

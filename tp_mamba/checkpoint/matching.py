@@ -11,8 +11,8 @@ from torch import nn
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name
-from tp_mamba.checkpoint.tensor_source import TensorSource
-from tp_mamba.sharding import Split
+from tp_mamba.checkpoint.sources.base import TensorSource
+from tp_mamba.parallel.sharding import Split
 
 WEIGHT_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from tp_mamba.checkpoint.safetensors_source import DTYPES
+from tp_mamba.checkpoint.sources.safetensors import DTYPES
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""

@@ -14,7 +14,7 @@ from torch import nn
 from tp_mamba.checkpoint.files import CONFIG, SAFETENSORS, copy_companions, write_json
 from tp_mamba.checkpoint.replace import replacing, writing
 from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
-from tp_mamba.sharding import Sharded, sharded_parameters
+from tp_mamba.parallel.sharding import Sharded, sharded_parameters
 
 if TYPE_CHECKING:
     from tp_mamba.config import MambaConfig

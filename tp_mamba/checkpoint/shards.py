@@ -19,12 +19,12 @@ from tp_mamba.checkpoint.matching import Entry, Matching, match, read_pieces, ve
 from tp_mamba.checkpoint.replace import refuse_taken, replacing
 from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
 from tp_mamba.checkpoint.save import plan_files, write_description
-from tp_mamba.checkpoint.sharded_source import local_shape, manifest, shard_file_name
-from tp_mamba.checkpoint.source import TensorSource, open_source
+from tp_mamba.checkpoint.sources.open import TensorSource, open_source
+from tp_mamba.checkpoint.sources.shards import local_shape, manifest, shard_file_name
 from tp_mamba.config import MambaConfig
 from tp_mamba.model import MambaForCausalLM
-from tp_mamba.sharding import sharded_parameters
-from tp_mamba.tensor_parallel import TensorParallel
+from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.parallel.sharding import sharded_parameters
 
 
 def shard_checkpoint(

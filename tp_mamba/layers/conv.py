@@ -7,8 +7,8 @@ from torch import nn
 
 from tp_mamba.layers.init import initialize, uniform
 from tp_mamba.layers.linear import check_rank_count
-from tp_mamba.sharding import Split, declare
-from tp_mamba.tensor_parallel import TensorParallel, checked
+from tp_mamba.parallel.group import TensorParallel, checked
+from tp_mamba.parallel.sharding import Split, declare
 
 
 class ColumnParallelConv1d(nn.Module):

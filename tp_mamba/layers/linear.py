@@ -16,17 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tp_mamba.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
 from tp_mamba.kernels.linear import linear
-from tp_mamba.kernels.skinny_linear import (
+from tp_mamba.kernels.linear.skinny import (
     prefers_skinny,
     prefers_slices,
     skinny_linear,
     skinny_linear_slices,
 )
 from tp_mamba.layers.init import initialize, uniform
-from tp_mamba.sharding import Split, declare, padded_size
-from tp_mamba.tensor_parallel import TensorParallel, checked
+from tp_mamba.parallel.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
+from tp_mamba.parallel.group import TensorParallel, checked
+from tp_mamba.parallel.sharding import Split, declare, padded_size
 
 Output = torch.Tensor | tuple[torch.Tensor, nn.Parameter | None]
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from tp_mamba.kernels.rms_norm import add_rms_norm, rms_norm
 from tp_mamba.layers.init import initialize
-from tp_mamba.sharding import Split, declare
-from tp_mamba.tensor_parallel import TensorParallel, checked
+from tp_mamba.parallel.group import TensorParallel, checked
+from tp_mamba.parallel.sharding import Split, declare
 
 
 class RMSNorm(nn.Module):

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tp_mamba.collectives import copy_to_tp, gather_from_tp, reduce_from_tp
 from tp_mamba.kernels.linear import linear
 from tp_mamba.layers.init import initialize
 from tp_mamba.layers.linear import check_rank_count
-from tp_mamba.sharding import Split, declare
-from tp_mamba.tensor_parallel import TensorParallel, checked
+from tp_mamba.parallel.collectives import copy_to_tp, gather_from_tp, reduce_from_tp
+from tp_mamba.parallel.group import TensorParallel, checked
+from tp_mamba.parallel.sharding import Split, declare
 
 
 def _vocab_weight(

@@ -1,0 +1,365 @@
+"""Causal depthwise convolution with bias and SiLU, over dense or packed sequences, and its one-step update.
+
+For channel ``d`` of a sequence with inputs ``x_0 .. x_{L-1}`` and ``K`` taps,
+
+    out_t = silu(bias + sum_{k < K} weight[d, k] * x_{t - (K-1) + k})
+
+where inputs before the first come from the sequence's state, or are zero. The sum is taken in float32
+(float64 for float64 input), oldest tap first, and cast once to the dtype of ``x``. A state holds the last
+``state_len >= K - 1`` inputs of a sequence, the newest in the last column, in a dtype of its own.
+
+Signatures and shapes are those of causal-conv1d 1.5; what packing and serving need is keyword-only, under
+vLLM's names. Any strides are taken; channels contiguous (a ``[D, T]`` view of token-major memory) is the fast
+case. In the kernel a token's bits depend on the inputs under its taps alone: not on the batch, nor on where a
+prompt was cut (given a state that holds the inputs exactly).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tp_mamba.kernels.common.checks import (
+    PAD_SLOT_NAME,
+    PREFIX_CACHING,
+    SPECULATION,
+    check_device,
+    check_floating,
+    check_indices,
+    check_mask,
+    not_supported,
+    refuse_grad,
+    slot_column,
+    without_gaps,
+)
+from tp_mamba.kernels.common.dispatch import use_triton
+
+
+def _run(out: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
+    if use_triton(x):
+        from tp_mamba.kernels.causal_conv1d.any import launch as run
+    else:
+        from tp_mamba.kernels.causal_conv1d.cpu import causal_conv1d_cpu as run
+    run(out, x, *args)
+
+
+def _forward(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    states: torch.Tensor | None,
+    query_start_loc: torch.Tensor | None,
+    cache_indices: torch.Tensor | None,
+    has_initial_state: torch.Tensor | None,
+    all_initial: bool,
+    pad_slot_id: int,
+) -> None:
+    sequences = (query_start_loc, cache_indices, has_initial_state)
+    _run(out, x, weight, bias, silu, states, *sequences, all_initial, False, pad_slot_id)
+
+
+def _update(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    conv_state_indices: torch.Tensor | None,
+    pad_slot_id: int,
+) -> None:
+    _run(out, x, weight, bias, silu, conv_state, None, conv_state_indices, None, True, True, pad_slot_id)
+
+
+torch.library.define(
+    "tp_mamba::causal_conv1d",
+    "(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor(b!)? states, "
+    "Tensor? query_start_loc, Tensor? cache_indices, Tensor? has_initial_state, bool all_initial, "
+    "int pad_slot_id) -> ()",
+)
+torch.library.define(
+    "tp_mamba::causal_conv1d_update",
+    "(Tensor(a!) out, Tensor x, Tensor(b!) conv_state, Tensor weight, Tensor? bias, bool silu, "
+    "Tensor? conv_state_indices, int pad_slot_id) -> ()",
+)
+torch.library.impl("tp_mamba::causal_conv1d", ("cpu", "cuda"), _forward)
+torch.library.impl("tp_mamba::causal_conv1d_update", ("cpu", "cuda"), _update)
+
+
+@torch.library.register_fake("tp_mamba::causal_conv1d")
+def _forward_fake(*_: object) -> None:
+    """Everything is written in place."""
+
+
+@torch.library.register_fake("tp_mamba::causal_conv1d_update")
+def _update_fake(*_: object) -> None:
+    """Everything is written in place."""
+
+
+@not_supported(
+    "causal_conv1d_fn",
+    null_block_id=PAD_SLOT_NAME,
+    block_idx_first_scheduled_token=PREFIX_CACHING,
+    block_idx_last_scheduled_token=PREFIX_CACHING,
+    initial_state_idx=PREFIX_CACHING,
+    num_computed_tokens=PREFIX_CACHING,
+)
+def causal_conv1d_fn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    initial_states: torch.Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: torch.Tensor | None = None,
+    activation: str | None = None,
+    *,
+    query_start_loc: torch.Tensor | None = None,
+    cache_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
+    conv_states: torch.Tensor | None = None,
+    pad_slot_id: int = -1,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Convolve whole sequences, from and into states where given.
+
+    Args:
+        x: ``[B, D, L]``, or packed ``[D, T]`` with ``query_start_loc``; float32, bfloat16, float16, float64.
+        weight: ``[D, K]`` with K from 2 to 4, any float dtype.
+        bias: ``[D]`` or None.
+        seq_idx: not supported; say where sequences start with ``query_start_loc``.
+        initial_states: ``[B or S, D, K - 1]``: every sequence starts from its own; excludes ``conv_states``.
+        return_final_states: also return the states after the last token, ``[B or S, D, K - 1]`` in x's dtype.
+        final_states_out: where those are written instead of a new tensor.
+        activation: None, ``"silu"`` or ``"swish"`` (the same).
+        query_start_loc: ``[S + 1]`` int32, ascending: sequence s holds tokens ``[s] .. [s + 1] - 1``, perhaps
+            none. Tokens outside all sequences give zeros.
+        cache_indices: ``[S]`` int32, each sequence's slot in ``conv_states``, none twice; by default slot s.
+            ``pad_slot_id``: no slot, the sequence starts from zeros and leaves no state. ``[S, 1]`` will do.
+        has_initial_state: ``[S]`` bool: start from the slot, not from zeros. By default none does.
+        conv_states: ``[slots, D, state_len >= K - 1]``, written in place. A sequence without tokens leaves its slot
+            as it was if it starts from it, and zeros if not, as the scan does. (vLLM keeps the inputs of a longer
+            state in its first columns: pass ``conv_states[..., : K - 1]``.)
+        pad_slot_id: the index that means no slot.
+        out: written and returned; shape and dtype of ``x``, sharing no memory with it.
+
+    Returns:
+        ``out``, or ``(out, final_states)`` with ``return_final_states``.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value, or excludes another.
+        RuntimeError: an input requires grad while grad mode is on.
+    """
+    if seq_idx is not None:
+        raise ValueError(
+            "causal_conv1d_fn: seq_idx is not supported: pack the sequences along T and give their starts "
+            "as query_start_loc"
+        )
+    channel_dim = 1 if query_start_loc is None else 0
+    if x.dim() != channel_dim + 2:
+        expected = (
+            "[D, T] with query_start_loc" if channel_dim == 0 else "[B, D, L], or [D, T] with query_start_loc"
+        )
+        raise ValueError(f"causal_conv1d_fn: x has shape {list(x.shape)}: expected {expected}")
+    states_given = {
+        "conv_states": conv_states,
+        "initial_states": initial_states,
+        "final_states_out": final_states_out,
+    }
+    silu = _check("causal_conv1d_fn", x, channel_dim, weight, bias, activation, out, **states_given)
+    if query_start_loc is not None and (query_start_loc.dim() != 1 or query_start_loc.shape[0] < 1):
+        raise ValueError(
+            f"causal_conv1d_fn: query_start_loc has shape {list(query_start_loc.shape)}: expected [S + 1]"
+        )
+    cache_indices = slot_column("causal_conv1d_fn", "cache_indices", cache_indices)
+    channels, width = weight.shape
+    num_seqs = x.shape[0] if query_start_loc is None else query_start_loc.shape[0] - 1
+    _check_sequences("causal_conv1d_fn", "query_start_loc", query_start_loc, num_seqs + 1, x)
+    _check_sequences("causal_conv1d_fn", "cache_indices", cache_indices, num_seqs, x)
+    _check_sequences("causal_conv1d_fn", "has_initial_state", has_initial_state, num_seqs, x)
+    if conv_states is None and (cache_indices is not None or has_initial_state is not None):
+        raise ValueError(
+            "causal_conv1d_fn: cache_indices and has_initial_state refer to conv_states, which is None: "
+            "pass it too"
+        )
+    if conv_states is not None and (initial_states is not None or return_final_states):
+        raise ValueError(
+            "causal_conv1d_fn: conv_states is read and written in place: leave out initial_states and "
+            "return_final_states"
+        )
+    if conv_states is not None and cache_indices is None and conv_states.shape[0] < num_seqs:
+        raise ValueError(
+            f"causal_conv1d_fn: conv_states has {conv_states.shape[0]} slots for {num_seqs} sequences: "
+            "give each a slot, or say which one with cache_indices"
+        )
+    if final_states_out is not None and not return_final_states:
+        raise ValueError(
+            "causal_conv1d_fn: final_states_out was given without return_final_states: set it to True"
+        )
+    shape = (num_seqs, channels, width - 1)
+    for name, given in (("initial_states", initial_states), ("final_states_out", final_states_out)):
+        if given is not None and given.shape != shape:
+            raise ValueError(
+                f"causal_conv1d_fn: {name} has shape {list(given.shape)}: expected {list(shape)}, "
+                "sequences by channels by K - 1"
+            )
+
+    if out is None:
+        out = _empty_rows(x, channel_dim)
+    states, all_initial = conv_states, False
+    if initial_states is not None or return_final_states:
+        # The op advances states in place; dense calls hand it a copy.
+        all_initial = initial_states is not None
+        dtype = initial_states.dtype if initial_states is not None and not return_final_states else x.dtype
+        states = x.new_empty(shape, dtype=dtype) if final_states_out is None else final_states_out
+        states.zero_() if initial_states is None else states.copy_(initial_states)
+    torch.ops.tp_mamba.causal_conv1d(
+        out,
+        x,
+        weight,
+        without_gaps(bias),
+        silu,
+        states,
+        query_start_loc,
+        cache_indices,
+        has_initial_state,
+        all_initial,
+        pad_slot_id,
+    )
+    return (out, states) if return_final_states and states is not None else out
+
+
+@not_supported(
+    "causal_conv1d_update",
+    null_block_id=PAD_SLOT_NAME,
+    query_start_loc="call causal_conv1d_fn with x as [D, T], conv_states and has_initial_state all True",
+    num_accepted_tokens=SPECULATION,
+    block_idx_last_scheduled_token=PREFIX_CACHING,
+    initial_state_idx=PREFIX_CACHING,
+)
+def causal_conv1d_update(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+    conv_state_indices: torch.Tensor | None = None,
+    *,
+    pad_slot_id: int = -1,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Advance every sequence by one token, or by L, from and into its state.
+
+    Args:
+        x: ``[B, D]`` or ``[B, D, L]``; float32, bfloat16, float16 or float64.
+        conv_state: ``[slots, D, state_len >= K - 1]``, written in place.
+        weight, bias, activation: as for :func:`causal_conv1d_fn`.
+        cache_seqlens: not supported; the state is linear, newest input last.
+        conv_state_indices: ``[B]`` int32, each row's slot, no slot twice; by default slot b. Rows with
+            ``pad_slot_id`` change nothing and give zeros. ``[B, 1]`` will do.
+        pad_slot_id: the index that means no slot.
+        out: written and returned; shape and dtype of ``x``, sharing no memory with it.
+
+    Returns:
+        ``out``, in the shape of ``x``.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value.
+        RuntimeError: an input requires grad while grad mode is on.
+    """
+    if cache_seqlens is not None:
+        raise ValueError(
+            "causal_conv1d_update: cache_seqlens (a circular state) is not supported: keep a linear state, "
+            "newest input last"
+        )
+    if x.dim() not in (2, 3):
+        raise ValueError(f"causal_conv1d_update: x has shape {list(x.shape)}: expected [B, D] or [B, D, L]")
+    silu = _check("causal_conv1d_update", x, 1, weight, bias, activation, out, conv_state=conv_state)
+    conv_state_indices = slot_column("causal_conv1d_update", "conv_state_indices", conv_state_indices)
+    _check_sequences("causal_conv1d_update", "conv_state_indices", conv_state_indices, x.shape[0], x)
+    if conv_state_indices is None and conv_state.shape[0] < x.shape[0]:
+        raise ValueError(
+            f"causal_conv1d_update: conv_state has {conv_state.shape[0]} slots for {x.shape[0]} rows: "
+            "give each a slot, or say which one with conv_state_indices"
+        )
+    if out is None:
+        out = _empty_rows(x, 1)
+    x_BDL, out_BDL = (x.unsqueeze(-1), out.unsqueeze(-1)) if x.dim() == 2 else (x, out)
+    torch.ops.tp_mamba.causal_conv1d_update(
+        out_BDL, x_BDL, conv_state, weight, without_gaps(bias), silu, conv_state_indices, pad_slot_id
+    )
+    return out
+
+
+def _empty_rows(x: torch.Tensor, channel_dim: int) -> torch.Tensor:
+    """An uninitialised tensor of x's shape; channels contiguous where x has them so, else the last axis."""
+    if x.stride(channel_dim) != 1:
+        return x.new_empty(x.shape)
+    token_major = x.movedim(channel_dim, -1)
+    return x.new_empty(token_major.shape).movedim(-1, channel_dim)
+
+
+def _check(
+    op: str,
+    x: torch.Tensor,
+    channel_dim: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    out: torch.Tensor | None,
+    **states: torch.Tensor | None,
+) -> bool:
+    """Refuse what no shape of call allows; returns whether to apply SiLU."""
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(
+            f'{op}: unknown activation {activation!r}: use "silu" (or "swish", the same) or None'
+        )
+    inputs = [("x", x), ("weight", weight), ("bias", bias), ("out", out), *states.items()]
+    check_floating(op, inputs)
+    check_device(op, x.device, "x", inputs)
+    if weight.dim() != 2 or not 2 <= weight.shape[1] <= 4:
+        raise ValueError(f"{op}: weight has shape {list(weight.shape)}: expected [D, K] with K from 2 to 4")
+    channels, width = weight.shape
+    if x.shape[channel_dim] != channels:
+        raise ValueError(
+            f"{op}: x of shape {list(x.shape)} has {x.shape[channel_dim]} channels and weight {channels}: "
+            "expected the same number"
+        )
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(
+            f"{op}: bias has shape {list(bias.shape)}: expected [{channels}], one value a channel"
+        )
+    if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
+        raise ValueError(
+            f"{op}: out is {out.dtype} {list(out.shape)}: expected the dtype and shape of x, "
+            f"{x.dtype} {list(x.shape)}"
+        )
+    for name, state in states.items():
+        if state is not None and (
+            state.dim() != 3 or state.shape[1] != channels or state.shape[2] < width - 1
+        ):
+            raise ValueError(
+                f"{op}: {name} has shape {list(state.shape)}: expected slots or sequences by "
+                f"{channels} channels by at least {width - 1} past inputs"
+            )
+    refuse_grad(op, inputs)
+    return activation is not None
+
+
+def _check_sequences(op: str, name: str, index: torch.Tensor | None, length: int, x: torch.Tensor) -> None:
+    """Refuse a per-sequence tensor of a wrong length, dtype or device; its values stay on the device."""
+    if index is None:
+        return
+    if index.shape != (length,):
+        raise ValueError(f"{op}: {name} has shape {list(index.shape)}: expected [{length}]")
+    if name == "has_initial_state":
+        check_mask(op, name, index)
+    else:
+        check_indices(op, [(name, index)])
+    check_device(op, x.device, "x", [(name, index)])
+    if not index.is_contiguous():
+        raise ValueError(f"{op}: {name} has stride {index.stride(0)}: pass a contiguous tensor")

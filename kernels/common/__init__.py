@@ -1,0 +1,1 @@
+"""What several operators share: argument checks, dispatch, launch arithmetic, and Triton functions."""

@@ -1,0 +1,136 @@
+"""Mamba's dt_proj, softplus and one step of the selective scan, in one pass: what a decoded token needs of the three.
+
+    delta = softplus(dt @ weight.T + bias)                                       # linear_softplus
+    out = selective_state_update(state, x, delta, A, B, C, D, z, ...)
+
+Bit for bit what these two give, one after the other (the first for up to 64 rows at a time: of more it may sum in
+another order). On a GPU one kernel does both where it can: the product is as short as the time steps of a few channels
+are, so that it hides under the reading of their states.
+
+The op is ``tp_mamba::dt_proj_state_update``; it writes the state and ``out`` in place.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tp_mamba.kernels.common.checks import (
+    check_device,
+    check_floating,
+    check_indices,
+    refuse_grad,
+    without_gaps,
+)
+from tp_mamba.kernels.common.dispatch import use_triton
+from tp_mamba.kernels.linear_softplus import check_product
+from tp_mamba.kernels.selective_state_update import check_step
+
+_OP = "dt_proj_state_update"
+
+torch.library.define(
+    "tp_mamba::dt_proj_state_update",
+    "(Tensor(a!) state, Tensor x, Tensor dt, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor C, Tensor? D, "
+    "Tensor? z, Tensor? state_batch_indices, int pad_slot_id, Tensor(b!) out) -> ()",
+)
+
+
+@torch.library.impl("tp_mamba::dt_proj_state_update", ("cpu", "cuda"))
+def _dt_proj_state_update(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    state_batch_indices: torch.Tensor | None,
+    pad_slot_id: int,
+    out: torch.Tensor,
+) -> None:
+    if use_triton(x):
+        from tp_mamba.kernels.dt_proj_state_update import mixer as fused
+
+        if fused.serves(state, x, dt, weight, bias, A, B, C, D, z, out):
+            fused.launch(state, x, dt, weight, bias, A, B, C, D, z, state_batch_indices, pad_slot_id, out)
+            return
+    delta = torch.ops.tp_mamba.linear_softplus(dt, weight, bias)
+    torch.ops.tp_mamba.selective_state_update(
+        state, x, delta, A, B, C, D, z, None, False, state_batch_indices, pad_slot_id, out
+    )
+
+
+@torch.library.register_fake("tp_mamba::dt_proj_state_update")
+def _dt_proj_state_update_fake(*args: object) -> None:
+    return None
+
+
+def dt_proj_state_update(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    state_batch_indices: torch.Tensor | None = None,
+    *,
+    pad_slot_id: int = -1,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Advance each row's state by one token, from the few numbers that its time steps are a linear map of.
+
+    Args:
+        state: ``[slots, D, N]``, any float dtype, N at most 256; updated in place.
+        x: ``[B, D]``, any float dtype.
+        dt: ``[B, R]``, what dt_proj maps to time steps; any float dtype.
+        weight: ``[D, R]`` in the dtype of ``dt``.
+        bias: ``[D]`` in any float dtype, or None.
+        A: ``[D, N]``; float32 is what keeps its precision.
+        B, C: ``[B, N]``.
+        D: ``[D]`` skip weight.
+        z: gate, shape of ``x``.
+        state_batch_indices: ``[B]`` int, the slot of each row; by default row ``b`` has slot ``b``. Slots are
+            distinct and in range: they are read on the device and not checked.
+        pad_slot_id: rows with this index change nothing and output zeros.
+        out: written and returned; shape of ``x``, any float dtype; shares no memory with another argument.
+
+    Returns:
+        ``out`` in the shape (and unless given the dtype) of ``x``.
+
+    Raises:
+        ValueError: a wrong number of dimensions, size, dtype or device; before anything is written.
+        RuntimeError: an input requires grad in grad mode (the op has no backward).
+    """
+    named = [
+        ("state", state), ("x", x), ("dt", dt), ("weight", weight), ("bias", bias), ("A", A), ("B", B), ("C", C),
+        ("D", D), ("z", z), ("out", out),
+    ]  # fmt: skip
+    indices = [("state_batch_indices", state_batch_indices)]
+    check_floating(_OP, named)
+    check_indices(_OP, indices)
+    check_device(_OP, x.device, "x", named + indices)
+    if x.dim() != 2 or B.dim() != 2:
+        raise ValueError(
+            f"{_OP}: x has shape {list(x.shape)} and B {list(B.shape)} but must be [B, D] and [B, N]; for heads or "
+            "groups call linear_softplus and selective_state_update"
+        )
+    check_product(_OP, dt, weight, bias, name="dt")
+    if (len(dt), len(weight)) != tuple(x.shape):
+        raise ValueError(
+            f"{_OP}: dt has {len(dt)} rows and weight {len(weight)} but x of shape {list(x.shape)} wants one a row and "
+            "one a channel; pass those of x"
+        )
+    slots = check_step(_OP, state, x, None, A, B, C, D, z, None, state_batch_indices, out)
+    refuse_grad(_OP, named)
+    if out is None:
+        out = torch.empty_like(x)
+    torch.ops.tp_mamba.dt_proj_state_update(
+        state, x, dt, weight, without_gaps(bias), A, B, C, D, z, without_gaps(slots), pad_slot_id, out
+    )
+    return out

@@ -1,0 +1,89 @@
+"""The time steps of the scan: a linear map of few inputs, its bias, and softplus, in one pass.
+
+    out = softplus(x @ weight.T + bias)        # softplus(v) = log1p(exp(v)) up to 20, then v
+
+The product is summed, the bias added and the softplus taken in float32 (float64 for float64 input); the result is
+rounded once. This is Mamba's dt_proj with what the selective scan would else do to every time step it reads.
+
+Bits: a row of the result depends on the other rows in no way, but calls of at most 64 tokens and of more sum a row
+in different orders.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tp_mamba.kernels.common.checks import (
+    check_device,
+    check_floating,
+    check_shape,
+    refuse_grad,
+    without_gaps,
+)
+from tp_mamba.kernels.common.dispatch import use_triton
+
+_OP = "linear_softplus"
+
+torch.library.define("tp_mamba::linear_softplus", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl("tp_mamba::linear_softplus", ("cpu", "cuda"))
+def _linear_softplus(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if use_triton(x):
+        from tp_mamba.kernels.linear_softplus.mixer import launch as run
+    else:
+        from tp_mamba.kernels.linear_softplus.cpu import linear_softplus_cpu as run
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    run(out, x, weight, without_gaps(bias))
+    return out
+
+
+@torch.library.register_fake("tp_mamba::linear_softplus")
+def _linear_softplus_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def linear_softplus(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``softplus(x @ weight.T + bias)``, rounded once.
+
+    float32 is multiplied in float32 on every device, whatever torch's setting for TF32.
+
+    Args:
+        x: ``[T, R]``; float32, bfloat16, float16 or float64, any strides. On a GPU, every stride between rows
+            compiles its own kernel; a model has one.
+        weight: ``[D, R]`` in the dtype of ``x``.
+        bias: ``[D]`` in any float dtype, or None.
+
+    Returns:
+        ``[T, D]`` in the dtype of ``x``, contiguous.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or device.
+        RuntimeError: an input requires grad while grad mode is on.
+    """
+    inputs = [("x", x), ("weight", weight), ("bias", bias)]
+    check_floating(_OP, inputs)
+    check_device(_OP, x.device, "x", inputs)
+    check_product(_OP, x, weight, bias)
+    refuse_grad(_OP, inputs)
+    return torch.ops.tp_mamba.linear_softplus(x, weight, bias)
+
+
+def check_product(
+    op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, name: str = "x"
+) -> None:
+    """Refuse, in the name of ``op``, shapes and dtypes that do not fit one another; ``name`` is that of ``x``."""
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(
+            f"{op}: {name} has shape {list(x.shape)} but must be [T, R] with at least one column; flatten the tokens"
+        )
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{op}: weight has shape {list(weight.shape)} but must be [D, R] with R = {x.shape[1]}, as in {name}; "
+            "give it a row a channel"
+        )
+    if weight.dtype != x.dtype:
+        raise ValueError(
+            f"{op}: weight has dtype {weight.dtype} but {name} has {x.dtype}; convert one of them to the other's"
+        )
+    check_shape(op, "bias", bias, "[D]", weight.shape[:1])

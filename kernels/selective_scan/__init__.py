@@ -1,0 +1,283 @@
+"""Selective scan, the recurrence of Mamba-1, over dense or packed sequences.
+
+For every channel d (of group g) and token t, in float32::
+
+    dt = softplus(delta + delta_bias)                       # softplus(x) = x above 20
+    h[n] = exp(dt * A[d, n]) * h[n] + dt * B[g, n, t] * u   # n = 0..N-1, h = 0 or the given state at first
+    y = sum_n h[n] * C[g, n, t] + D[d] * u
+    out = y * silu(z)                                       # rounded here, once
+
+The op is ``tp_mamba::selective_scan``; it writes ``out`` and the states in place. CUDA tensors run the Triton
+kernel, the others (and float64) plain torch. ``selective_scan_reference.py`` holds the loop it is tested with.
+
+In the kernel a token's bits depend on its own sequence alone: not on the batch, nor on where a prompt was cut
+(given a float32 state). Plain torch keeps to this up to rounding only, since it cuts its chunks by the batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tp_mamba.kernels.common.checks import (
+    PAD_SLOT_NAME,
+    PREFIX_CACHING,
+    check_device,
+    check_floating,
+    check_indices,
+    check_mask,
+    check_shape,
+    check_state_size,
+    not_supported,
+    refuse_grad,
+    slot_column,
+    without_gaps,
+)
+from tp_mamba.kernels.common.dispatch import use_triton
+
+_OP = "selective_scan_fn"
+
+torch.library.define(
+    "tp_mamba::selective_scan",
+    "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus, Tensor? query_start_loc, Tensor? cache_indices, Tensor? has_initial_state, "
+    "Tensor(a!)? ssm_states, Tensor(b!)? last_state, int pad_slot_id, Tensor(c!) out, "
+    "Tensor(d!)? saved_states=None, int save_states_every=1) -> ()",
+)
+
+
+@torch.library.impl("tp_mamba::selective_scan", ("cpu", "cuda"))
+def _selective_scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    delta_softplus: bool,
+    query_start_loc: torch.Tensor | None,
+    cache_indices: torch.Tensor | None,
+    has_initial_state: torch.Tensor | None,
+    ssm_states: torch.Tensor | None,
+    last_state: torch.Tensor | None,
+    pad_slot_id: int,
+    out: torch.Tensor,
+    saved_states: torch.Tensor | None = None,
+    save_states_every: int = 1,
+) -> None:
+    if use_triton(u):
+        from tp_mamba.kernels.selective_scan.any import selective_scan_triton as run
+    else:
+        from tp_mamba.kernels.selective_scan.cpu import selective_scan_cpu as run
+    run(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, query_start_loc, cache_indices,
+        has_initial_state, ssm_states, last_state, pad_slot_id, out, saved_states, save_states_every,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("tp_mamba::selective_scan")
+def _selective_scan_fake(*args: object) -> None:
+    return None
+
+
+@not_supported(
+    _OP,
+    cu_seqlens="pass [0, .., T] as query_start_loc, with u [D, T]",
+    null_block_id=PAD_SLOT_NAME,
+    block_idx_first_scheduled_token=PREFIX_CACHING,
+    block_idx_last_scheduled_token=PREFIX_CACHING,
+    initial_state_idx=PREFIX_CACHING,
+    cu_chunk_seqlen=PREFIX_CACHING,
+    last_chunk_indices=PREFIX_CACHING,
+)
+def selective_scan_fn(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    delta_bias: torch.Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    query_start_loc: torch.Tensor | None = None,
+    cache_indices: torch.Tensor | None = None,
+    has_initial_state: torch.Tensor | None = None,
+    ssm_states: torch.Tensor | None = None,
+    pad_slot_id: int = -1,
+    out: torch.Tensor | None = None,
+    save_states_every: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Scan every sequence of a batch; mamba_ssm's ``selective_scan_fn`` plus vLLM's packing and state slots.
+
+    Tensors may have any strides. Token-major storage (channel stride 1, as ``x.t()`` of a ``[T, D]`` tensor
+    has) is the fast one and is never copied.
+
+    Args:
+        u: ``[B, D, L]``, or packed ``[D, T]`` with ``query_start_loc``; any float dtype.
+        delta: time steps before bias and softplus, shape of ``u``.
+        A: ``[D, N]``, N at most 256; negative for a stable scan. Float32 is what keeps its precision.
+        B, C: ``[D, N]`` constant in time, ``[B, N, L]`` or ``[B, G, N, L]``; packed: ``[N, T]`` or ``[G, N, T]``.
+            Channel ``d`` reads group ``d // (D / G)``. (Constant ones packed: ``B[..., None].expand(-1, -1, T)``.)
+        D: ``[D]`` skip weight.
+        z: gate, shape of ``u``.
+        delta_bias: ``[D]``, added to ``delta`` in float32.
+        delta_softplus: apply softplus to the time steps.
+        return_last_state: also return the state after each sequence.
+        query_start_loc: ``[S + 1]`` int32, non-decreasing; sequence ``s`` is the tokens from ``[s]`` to before
+            ``[s + 1]``, possibly none. Tokens outside all sequences are left unwritten in the output.
+        cache_indices: ``[S]`` int, the slot of each sequence in ``ssm_states``; by default sequence ``s`` has
+            slot ``s``. A sequence at ``pad_slot_id`` starts from zero and keeps no state. Slots are distinct and
+            in range: they are read on the device and not checked. ``[S, 1]`` will do; a column of a wider table
+            is copied.
+        has_initial_state: ``[S]`` bool, whether a sequence continues from its slot; by default none does.
+        ssm_states: ``[slots, D, N]`` float, read where ``has_initial_state`` and written in place. An empty
+            sequence leaves its initial state, zero if it has none. Slots not named stay untouched.
+        pad_slot_id: the index that stands for no slot.
+        out: written and returned; shape of ``u``, any float dtype. It may be ``u``, ``delta`` or ``z`` itself (vLLM
+            writes over ``delta`` or ``z``) or share no memory with an argument; an overlap in part is not seen.
+        save_states_every: ``k``, 1 or more: also return the states before the tokens ``0, k, 2k, ..`` of each
+            sequence, the first of them its initial state. Fastest as a multiple of 8.
+
+    Returns:
+        ``out`` in the shape (and unless given the dtype) of ``u``; or a tuple of it and of what was asked for,
+        ``last_state`` before ``saved_states``, both in float32 (float64 for float64 ``u``):
+
+        * ``last_state [B or S, D, N]``.
+        * ``saved_states [B, ceil(L / k), D, N]``, for a packed batch ``[T // k + S, D, N]``, with channels contiguous:
+          row ``j`` is the state before token ``jk``. Packed, sequence ``s`` has the ``ceil(length / k)`` rows from
+          ``query_start_loc[s] // k + s`` on; rows that no sequence has are left unwritten.
+
+    Raises:
+        ValueError: a wrong number of dimensions, size, dtype or device, a state argument without
+            ``ssm_states``, or ``save_states_every`` not a whole number of 1 or more; before anything is written.
+        RuntimeError: an input requires grad in grad mode (the op has no backward).
+    """
+    inputs = [
+        ("u", u),
+        ("delta", delta),
+        ("A", A),
+        ("B", B),
+        ("C", C),
+        ("D", D),
+        ("z", z),
+        ("delta_bias", delta_bias),
+    ]
+    states = [("ssm_states", ssm_states), ("out", out)]
+    slots = [("query_start_loc", query_start_loc), ("cache_indices", cache_indices)]
+    check_floating(_OP, inputs + states)
+    check_indices(_OP, slots)
+    check_device(_OP, u.device, "u", inputs + states + slots + [("has_initial_state", has_initial_state)])
+
+    packed = query_start_loc is not None
+    dims = "[D, T]" if packed else "[B, D, L]"
+    if u.dim() != (2 if packed else 3):
+        remedy = "drop query_start_loc" if packed else "give query_start_loc for a packed batch"
+        raise ValueError(
+            f"{_OP}: u has {u.dim()} dimensions but {dims} is expected here; reshape u or {remedy}"
+        )
+    if query_start_loc is not None and (query_start_loc.dim() != 1 or query_start_loc.shape[0] == 0):
+        raise ValueError(
+            f"{_OP}: query_start_loc has shape {list(query_start_loc.shape)} but must be [S + 1]; "
+            "pass the first token of each of S sequences and the end of the last"
+        )
+    if A.dim() != 2:
+        raise ValueError(
+            f"{_OP}: A has shape {list(A.shape)} but must be [D, N]; pass one row of states a channel"
+        )
+    channels, n = u.shape[-2], A.shape[1]
+    sequences = query_start_loc.shape[0] - 1 if query_start_loc is not None else u.shape[0]
+    check_state_size(_OP, n)
+    for name, tensor in (("delta", delta), ("z", z), ("out", out)):
+        check_shape(_OP, name, tensor, dims, u.shape)
+    check_shape(_OP, "A", A, "[D, N]", (channels, n))
+    check_shape(_OP, "D", D, "[D]", (channels,))
+    check_shape(_OP, "delta_bias", delta_bias, "[D]", (channels,))
+    B = _by_group("B", B, u, n, packed)
+    C = _by_group("C", C, u, n, packed)
+    cache_indices = slot_column(_OP, "cache_indices", cache_indices)
+    check_shape(_OP, "cache_indices", cache_indices, "[S]", (sequences,))
+    check_shape(_OP, "has_initial_state", has_initial_state, "[S]", (sequences,))
+    check_mask(_OP, "has_initial_state", has_initial_state)
+    if ssm_states is None:
+        for name, tensor in (("cache_indices", cache_indices), ("has_initial_state", has_initial_state)):
+            if tensor is not None:
+                raise ValueError(f"{_OP}: {name} was given without ssm_states, which it refers to; pass both")
+    else:
+        slots_needed = sequences if cache_indices is None else 0
+        if ssm_states.dim() != 3 or ssm_states.shape[1:] != A.shape or ssm_states.shape[0] < slots_needed:
+            raise ValueError(
+                f"{_OP}: ssm_states has shape {list(ssm_states.shape)} but must be [slots, D, N] with D = {channels}, "
+                f"N = {n} and at least {slots_needed} slots; allocate it so or pass cache_indices"
+            )
+    k = save_states_every
+    if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+        raise ValueError(
+            f"{_OP}: save_states_every is {k!r} but must be an int of 1 or more; "
+            "pass the number of tokens from one saved state to the next, or None to save none"
+        )
+    refuse_grad(_OP, inputs + states)
+
+    if (
+        B.shape[-3] != C.shape[-3]
+    ):  # one of them constant in time (a group a channel), or two numbers of groups
+        groups = math.lcm(B.shape[-3], C.shape[-3])
+        B, C = _in_groups(B, groups), _in_groups(C, groups)
+    if out is None:
+        out = torch.empty_like(u)
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    last_state = saved_states = None
+    if return_last_state:
+        last_state = torch.empty(sequences, channels, n, dtype=dtype, device=u.device)
+    if k is not None:
+        # Rows of two sequences never meet: first // k + ceil(length / k) <= (first + length) // k + 1.
+        rows = (u.shape[-1] // k + sequences,) if packed else (sequences, -(-u.shape[-1] // k))
+        saved_states = torch.empty(*rows, n, channels, dtype=dtype, device=u.device)
+    torch.ops.tp_mamba.selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, without_gaps(query_start_loc),
+        without_gaps(cache_indices), without_gaps(has_initial_state), ssm_states, last_state, pad_slot_id, out,
+        saved_states, k or 1,
+    )  # fmt: skip
+    if saved_states is not None:
+        saved_states = saved_states.mT
+    returned = tuple(x for x in (out, last_state, saved_states) if x is not None)
+    return returned if len(returned) > 1 else out
+
+
+def _by_group(name: str, x: torch.Tensor, u: torch.Tensor, n: int, packed: bool) -> torch.Tensor:
+    """B or C as a view ``[B, G, N, L]``, packed ``[G, N, T]``; one constant in time has a group a channel."""
+    channels, length = u.shape[-2:]
+    if packed:
+        grouped, dims = (x[None] if x.dim() == 2 else x), "[N, T] or [G, N, T]"
+    elif x.dim() == 2:
+        check_shape(_OP, name, x, "[D, N]", (channels, n))
+        return x[None, :, :, None].expand(u.shape[0], -1, -1, length)
+    else:
+        grouped, dims = (x[:, None] if x.dim() == 3 else x), "[D, N], [B, N, L] or [B, G, N, L]"
+    if (
+        grouped.dim() != u.dim() + 1
+        or grouped.shape[-2:] != (n, length)
+        or grouped.shape[:-3] != u.shape[:-2]
+    ):
+        raise ValueError(
+            f"{_OP}: {name} has shape {list(x.shape)} but must be {dims} with N = {n} and "
+            f"{'T' if packed else 'L'} = {length} for u of shape {list(u.shape)}; reshape {name}"
+        )
+    groups = grouped.shape[-3]
+    if groups == 0 or channels % groups:
+        raise ValueError(
+            f"{_OP}: {name} has {groups} groups for {channels} channels but G must divide D; regroup {name}"
+        )
+    return grouped
+
+
+def _in_groups(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """``[..., G, N, L]`` with each group ``groups / G`` times in a row; a copy only if ``1 < G < groups``."""
+    if x.shape[-3] in (1, groups):
+        return x.expand(*x.shape[:-3], groups, *x.shape[-2:])
+    return x.repeat_interleave(groups // x.shape[-3], dim=-3)

@@ -1,0 +1,302 @@
+"""The selective scan for the layout that a mixer has: channels contiguous, B and C one group, N a power of two.
+
+One warp runs one (sequence, block of channels); ``LANES`` threads share a channel, each with ``N / LANES`` of its
+states in registers. What is needed once a (token, channel) and not once a state (conversion, softplus, gate, skip,
+loads and the store) is done on tiles of ``STEPS`` tokens in which threads hold different elements. Between a tile and
+the recurrence lie changes of layout, each a trip through shared memory within a warp.
+
+Where a scheduler has one or two warps, nothing hides a wait for memory but distance: the next two groups' tiles are on
+their way into shared memory while one is computed. The recurrence reads them from there in the layout that it needs.
+
+Bits are those of ``selective_scan_triton``: the sum over states is cut and added in one order everywhere.
+"""
+
+# mypy: disable-error-code="no-untyped-def,assignment,misc"
+# ruff: noqa: RUF005 (Triton does not parse starred elements of a tuple)
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from tp_mamba.kernels.common.approximations import LOG2_E, silu, softplus
+from tp_mamba.kernels.common.ssm_token import add, first_saved_row, jit_by_type, recur
+
+GROUPS_IN_FLIGHT = tl.constexpr(3)
+"""Of tokens: the present one and those that are being loaded."""
+
+
+@triton.jit
+def _unstack(x, COUNT: tl.constexpr):
+    """``[M, COUNT]`` -> COUNT tensors ``[M]``."""
+    # Cut from the last bit of the index up: the first cut asks for the whole tile's new layout, the rest are free.
+    if COUNT == 1:
+        return (tl.reshape(x, [x.shape[0]]),)
+    else:  # noqa: RET505 - Triton compiles one branch
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], COUNT // 2, 2]))
+        even = _unstack(even, COUNT // 2)
+        odd = _unstack(odd, COUNT // 2)
+        both = ()
+        for i in tl.static_range(COUNT // 2):
+            both = both + (even[i], odd[i])
+        return both
+
+
+@triton.jit
+def _stack(rows, COUNT: tl.constexpr):
+    """COUNT tensors ``[M]`` -> ``[M, COUNT]``."""
+    if COUNT == 1:
+        return tl.reshape(rows[0], [rows[0].shape[0], 1])
+    else:  # noqa: RET505 - Triton compiles one branch
+        even = ()
+        odd = ()
+        for i in tl.static_range(COUNT // 2):
+            even = even + (rows[2 * i],)
+            odd = odd + (rows[2 * i + 1],)
+        x = tl.join(_stack(even, COUNT // 2), _stack(odd, COUNT // 2))
+        return tl.reshape(x, [x.shape[0], COUNT])
+
+
+@triton.jit
+def _computed_once(x, STEPS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``x [STEPS, BLOCK_D]``, which the compiler is kept from computing anew in the layout that it is needed in.
+
+    There every channel's threads would all compute all tokens. No layout is carried back over a scan; one of a single
+    element is no instruction.
+    """
+    return tl.reshape(tl.associative_scan(tl.reshape(x, [STEPS, BLOCK_D, 1]), 2, add), [STEPS, BLOCK_D])
+
+
+@triton.jit
+def _by_state(x, STEPS: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr):
+    """A tile of B or C ``[STEPS, N]`` -> tensors ``[LANES]``; that of a lane's state i and token s is i * STEPS + s."""
+    x = tl.permute(tl.reshape(x.to(tl.float32), [STEPS, PER_LANE // 4, LANES, 4]), [2, 1, 3, 0])
+    return _unstack(tl.reshape(x, [LANES, PER_LANE * STEPS]), PER_LANE * STEPS)
+
+
+@triton.jit
+def _of_token(by_state, s: tl.constexpr, STEPS: tl.constexpr, PER_LANE: tl.constexpr):
+    """Token s's B or C of what ``_by_state`` gave: PER_LANE tensors ``[LANES, 1]``."""
+    states = ()
+    for i in tl.static_range(PER_LANE):
+        states = states + (by_state[i * STEPS + s][:, None],)
+    return states
+
+
+@triton.jit
+def _group(
+    h, a, skip, bias, u, delta, z, b, c, valid,
+    MASKED: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """STEPS tokens: ``(states after them, output [STEPS, BLOCK_D] float32)``.
+
+    With MASKED, tokens that are not ``valid`` were loaded as zeros and leave the states as they are.
+    """
+    u = u.to(tl.float32)
+    delta = delta.to(tl.float32)
+    if HAS_BIAS:
+        delta = delta + bias
+    if SOFTPLUS:
+        delta = _computed_once(softplus(delta), STEPS, BLOCK_D)
+    if MASKED and (HAS_BIAS or SOFTPLUS):
+        delta = tl.where(valid, delta, 0.0)  # a step of no length: the decay is one, the input zero
+    deltas = _unstack(tl.trans(delta), STEPS)
+    dus = _unstack(tl.trans(delta * u), STEPS)
+    b = _by_state(b, STEPS, LANES, PER_LANE)
+    c = _by_state(c, STEPS, LANES, PER_LANE)
+    ys = ()
+    for s in tl.static_range(STEPS):
+        h, y = recur(
+            h, a, deltas[s][None, :], dus[s][None, :],
+            _of_token(b, s, STEPS, PER_LANE), _of_token(c, s, STEPS, PER_LANE), PER_LANE,
+        )  # fmt: skip
+        # A reduction over lanes exchanges the halves first: the order in which ``recur`` adds within a thread.
+        ys = ys + (tl.reduce(y, 0, add),)
+    y = _computed_once(tl.trans(_stack(ys, STEPS)), STEPS, BLOCK_D)
+    if HAS_D:
+        y = tl.fma(u, tl.broadcast_to(skip, [STEPS, BLOCK_D]), y)
+    if HAS_Z:
+        y = y * silu(z.to(tl.float32))
+    return h, y
+
+
+@triton.jit
+def _load(ptr, inside, ALL: tl.constexpr):
+    return tl.load(ptr) if ALL else tl.load(ptr, mask=inside, other=0.0)
+
+
+@triton.jit
+def _save(saved_ptr, h, d, lane, inside, channels, LANES: tl.constexpr, PER_LANE: tl.constexpr):
+    for i in tl.static_range(PER_LANE):
+        n = 4 * LANES * (i // 4) + 4 * lane + i % 4
+        tl.store(saved_ptr + (n * channels + d), h[i], mask=inside)
+
+
+@jit_by_type
+@no_type_check  # a Triton kernel's body is not Python
+def selective_scan_tiles_kernel(
+    u_ptr,  # [B, L, D] or [T, D], any float, in
+    delta_ptr,  # as u
+    z_ptr,  # as u, or None
+    out_ptr,  # as u, out
+    A_ptr,  # [D, N]
+    B_ptr,  # [B, L, N] or [T, N]
+    C_ptr,  # as B
+    D_ptr,  # [D] or None
+    bias_ptr,  # [D] or None
+    state_ptr,  # [slots, D, N] or None, in and out
+    last_ptr,  # [S, D, N] float32 contiguous, or None, out
+    saved_ptr,  # [rows, N, D] float32 contiguous, or None, out
+    start_ptr,  # [S + 1] int, or None: dense
+    slot_ptr,  # [S] int, or None: slot s for sequence s
+    initial_ptr,  # [S] bool, or None: no sequence has one
+    length: tl.int32,  # of every sequence of a dense batch
+    channels: tl.int32,
+    pad_slot_id: tl.int64,
+    u_stride_s: tl.int64, delta_stride_s: tl.int64, z_stride_s: tl.int64, out_stride_s: tl.int64,
+    A_stride_d: tl.int64, A_stride_n: tl.int64, B_stride_s: tl.int64, C_stride_s: tl.int64,
+    D_stride: tl.int64, bias_stride: tl.int64,
+    state_stride_s: tl.int64, state_stride_d: tl.int64, state_stride_n: tl.int64,
+    save_every: tl.int64,  # where states are saved a multiple of STEPS: only a group's first token can be due
+    # A model has one of each, whatever the batch: as constants they cost no instruction.
+    u_stride_t: tl.constexpr, delta_stride_t: tl.constexpr, z_stride_t: tl.constexpr,
+    out_stride_t: tl.constexpr, B_stride_t: tl.constexpr, C_stride_t: tl.constexpr,
+    N: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,  # BLOCK_D divides channels
+    ALIGNED: tl.constexpr,  # every row of u, delta, z, out, B and C begins at a multiple of 16 bytes
+    STEPS: tl.constexpr,
+    VARLEN: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HAS_LAST: tl.constexpr,
+    HAS_SAVED: tl.constexpr,
+):  # fmt: skip
+    PER_LANE: tl.constexpr = N // LANES
+    BYTES: tl.constexpr = 16 if ALIGNED else 1
+    i_s = tl.program_id(0).to(tl.int64)
+    first_d = tl.program_id(1).to(tl.int64) * BLOCK_D
+    d = first_d + tl.arange(0, BLOCK_D)[None, :]
+    lane = tl.arange(0, LANES)[:, None]
+    inside = d < channels
+
+    if VARLEN:
+        first = tl.load(start_ptr + i_s).to(tl.int64)
+        steps = (tl.load(start_ptr + i_s + 1).to(tl.int64) - first).to(tl.int32)
+        row = first * 0
+    else:
+        first = i_s * 0
+        steps = length
+        row = i_s
+    # One address a tile, kept once a warp, and offsets within the tile: the hints are lost on a function's argument.
+    u_ptr = tl.multiple_of(u_ptr + row * u_stride_s + first * u_stride_t + first_d, BYTES)
+    delta_ptr = tl.multiple_of(delta_ptr + row * delta_stride_s + first * delta_stride_t + first_d, BYTES)
+    out_ptr = tl.multiple_of(out_ptr + row * out_stride_s + first * out_stride_t + first_d, BYTES)
+    if HAS_Z:
+        z_ptr = tl.multiple_of(z_ptr + row * z_stride_s + first * z_stride_t + first_d, BYTES)
+    B_ptr = tl.multiple_of(B_ptr + row * B_stride_s + first * B_stride_t, BYTES)
+    C_ptr = tl.multiple_of(C_ptr + row * C_stride_s + first * C_stride_t, BYTES)
+    t = tl.arange(0, STEPS)[:, None]
+    d_tile = tl.arange(0, BLOCK_D)[None, :]
+    n_tile = tl.arange(0, N)[None, :]
+    u_tile = t * u_stride_t + d_tile
+    delta_tile = t * delta_stride_t + d_tile
+    z_tile = t * z_stride_t + d_tile
+    out_tile = t * out_stride_t + d_tile
+    B_tile = t * B_stride_t + n_tile
+    C_tile = t * C_stride_t + n_tile
+
+    keeps = HAS_STATE
+    starts = False
+    if HAS_STATE:
+        slot = i_s
+        if HAS_SLOTS:
+            slot = tl.load(slot_ptr + i_s).to(tl.int64)
+            keeps = slot != pad_slot_id
+        if HAS_INITIAL:
+            starts = keeps & (tl.load(initial_ptr + i_s) != 0)
+        state_ptr += slot * state_stride_s + d * state_stride_d
+    a = ()
+    h = ()
+    for i in tl.static_range(PER_LANE):
+        n = 4 * LANES * (i // 4) + 4 * lane + i % 4
+        a_i = tl.load(A_ptr + d * A_stride_d + n * A_stride_n, mask=inside, other=0.0).to(tl.float32)
+        h_i = tl.full([LANES, BLOCK_D], 0.0, tl.float32)
+        if HAS_INITIAL:
+            h_i = tl.load(state_ptr + n * state_stride_n, mask=inside & starts, other=0.0).to(tl.float32)
+        a = a + (a_i * LOG2_E,)
+        h = h + (h_i,)
+    skip = tl.full([1, BLOCK_D], 0.0, tl.float32)
+    bias = skip
+    if HAS_D:
+        skip = tl.load(D_ptr + d * D_stride, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + d * bias_stride, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SAVED:
+        saved_ptr += first_saved_row(i_s, first, length, save_every, VARLEN) * channels * N
+        every = tl.minimum(save_every, steps).to(tl.int32)
+        due_in = every * 0
+
+    # Whole groups of STEPS tokens, then what is left. The compiler turns the loads into copies to shared memory, under
+    # way while the groups before are computed: they hold no register, and no other wait becomes a wait for them.
+    groups = steps // STEPS
+    for _ in tl.range(groups, num_stages=GROUPS_IN_FLIGHT):
+        if HAS_SAVED:
+            if due_in == 0:
+                _save(saved_ptr, h, d, lane, inside, channels, LANES, PER_LANE)
+                saved_ptr += channels.to(tl.int64) * N
+                due_in = every
+            due_in -= STEPS
+        u = _load(u_ptr + u_tile, inside, EVEN_D)
+        delta = _load(delta_ptr + delta_tile, inside, EVEN_D)
+        z = u
+        if HAS_Z:
+            z = _load(z_ptr + z_tile, inside, EVEN_D)
+            z_ptr = tl.multiple_of(z_ptr + STEPS * z_stride_t, BYTES)
+        b = _load(B_ptr + B_tile, True, True)
+        c = _load(C_ptr + C_tile, True, True)
+        u_ptr = tl.multiple_of(u_ptr + STEPS * u_stride_t, BYTES)
+        delta_ptr = tl.multiple_of(delta_ptr + STEPS * delta_stride_t, BYTES)
+        B_ptr = tl.multiple_of(B_ptr + STEPS * B_stride_t, BYTES)
+        C_ptr = tl.multiple_of(C_ptr + STEPS * C_stride_t, BYTES)
+        h, y = _group(
+            h, a, skip, bias, u, delta, z, b, c, inside,
+            False, STEPS, LANES, PER_LANE, BLOCK_D, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
+        )  # fmt: skip
+        tl.store(out_ptr + out_tile, y.to(out_ptr.dtype.element_ty), mask=None if EVEN_D else inside)
+        out_ptr = tl.multiple_of(out_ptr + STEPS * out_stride_t, BYTES)
+    left = steps - groups * STEPS
+    if left > 0:
+        if HAS_SAVED:  # noqa: SIM102 - due_in exists only then
+            if due_in == 0:
+                _save(saved_ptr, h, d, lane, inside, channels, LANES, PER_LANE)
+        valid = t < left
+        u = _load(u_ptr + u_tile, inside & valid, False)
+        delta = _load(delta_ptr + delta_tile, inside & valid, False)
+        z = u
+        if HAS_Z:
+            z = _load(z_ptr + z_tile, inside & valid, False)
+        b = _load(B_ptr + B_tile, valid, False)
+        c = _load(C_ptr + C_tile, valid, False)
+        h, y = _group(
+            h, a, skip, bias, u, delta, z, b, c, valid,
+            True, STEPS, LANES, PER_LANE, BLOCK_D, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
+        )  # fmt: skip
+        tl.store(out_ptr + out_tile, y.to(out_ptr.dtype.element_ty), mask=inside & valid)
+
+    for i in tl.static_range(PER_LANE):
+        n = 4 * LANES * (i // 4) + 4 * lane + i % 4
+        if HAS_STATE:
+            p_h = state_ptr + n * state_stride_n
+            tl.store(p_h, h[i].to(state_ptr.dtype.element_ty), mask=inside & keeps)
+        if HAS_LAST:
+            tl.store(last_ptr + (i_s * channels + d) * N + n, h[i], mask=inside)

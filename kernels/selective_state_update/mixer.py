@@ -1,0 +1,211 @@
+"""The one-step state update for the layout that a mixer has: channels contiguous, B and C one group.
+
+A thread owns four adjacent channels with four of their states, ``N / 4`` lanes a channel: every state is read and
+written once, in words of four channels, and B and C arrive four states a load. Lanes exchange only their part of the
+output's sum, by shuffles. A program takes one row of the batch. Addresses, A, D
+and the row's slot are had before the kernel ahead has ended.
+
+The time is that of moving the states, so what counts is how many loads are on their way, and how soon after the wait.
+Left to itself the compiler saves registers and puts the loads of later states behind the exponentials of earlier ones.
+What it cannot know, that the argument ``zero`` is zero, stops that: the time step waits for all of a thread's states.
+
+Bits are those of ``selective_state_update_triton``: the sum over states is cut and added in one order everywhere.
+"""
+
+# mypy: disable-error-code="no-untyped-def,assignment,misc"
+# ruff: noqa: RUF005 (Triton does not parse starred elements of a tuple)
+
+from __future__ import annotations
+
+from typing import Any, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+
+from tp_mamba.kernels.common.approximations import LOG2_E, silu, softplus
+from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.common.integers import cdiv
+from tp_mamba.kernels.common.ssm_token import add, jit_by_type, recur
+
+STATE_SIZES = (4, 8, 16, 32)
+"""Whole loads of four states of B and C, whose lanes fit a warp."""
+_PER_THREAD = 4
+"""Channels: 16 bytes of float32 an access. With two, and twice as many threads, it takes 4 to 7 % longer."""
+_WARPS = 4
+"""A program. Two are as fast; one is not: a GPU starts some 0.7 programs a nanosecond, however small they are."""
+
+
+@triton.jit
+def _words(ptr, offset, PER_THREAD: tl.constexpr):
+    """``ptr + offset``, which the launcher has seen to be a whole word of channels."""
+    return tl.multiple_of(ptr + offset, PER_THREAD * ptr.dtype.element_ty.primitive_bitwidth // 8)
+
+
+@triton.jit
+def _four_states(ptr, offset, live, LANES: tl.constexpr, WARPS: tl.constexpr, PER_THREAD: tl.constexpr):
+    """A row's B or C: the four states of a thread's lane, 4 tensors ``[WARPS * LANES, channels of a warp]`` float32."""
+    THREADS: tl.constexpr = 32 * WARPS
+    lane = tl.arange(0, THREADS) // (32 // LANES) % LANES
+    ptr = _words(ptr, offset, 4)
+    x = tl.load(ptr + (4 * lane[:, None] + tl.arange(0, 4)[None, :]), mask=live).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, [THREADS, 2, 2]))
+    s0, s2 = tl.split(even)
+    s1, s3 = tl.split(odd)
+    states = ()
+    for j in tl.static_range(4):
+        x = (s0, s1, s2, s3)[j]
+        # What a thread has loaded serves all its channels.
+        x = tl.broadcast_to(x[:, None], [THREADS, PER_THREAD])
+        states = states + (tl.reshape(x, [WARPS * LANES, 32 // LANES * PER_THREAD]),)
+    return states
+
+
+@triton.jit
+def _over_lanes(y, LANES: tl.constexpr, WARPS: tl.constexpr):
+    """The sum of each channel's lanes, in all of them; halves first, the order in which ``recur`` adds in a thread."""
+    tile: tl.constexpr = [WARPS, LANES, y.shape[1]]
+    y = tl.reduce(tl.reshape(y, tile), 1, add)[:, None, :]
+    return tl.reshape(tl.broadcast_to(y, tile), [WARPS * LANES, tile[2]])
+
+
+@jit_by_type
+@no_type_check  # a Triton kernel's body is not Python
+def state_update_rows_kernel(
+    state_ptr,  # [slots, D, N], any float, in and out
+    x_ptr,  # [B, D], any float, in
+    dt_ptr,  # as x
+    z_ptr,  # as x, or None
+    out_ptr,  # as x, out
+    A_ptr,  # [D, N]
+    B_ptr,  # [B, N]
+    C_ptr,  # [B, N]
+    D_ptr,  # [D] contiguous, or None
+    bias_ptr,  # [D] contiguous, or None
+    slot_ptr,  # [B] int, or None: slot b for row b
+    zero: tl.int32,  # which the compiler cannot know
+    pad_slot_id: tl.int64,  # without slots -1, which is no row's
+    state_stride_s: tl.int64,
+    x_stride_b: tl.int64, dt_stride_b: tl.int64, z_stride_b: tl.int64, out_stride_b: tl.int64,
+    B_stride_b: tl.int64, C_stride_b: tl.int64,
+    # A model has one of each, whatever the batch: as constants they fold into the loads and stores.
+    CHANNELS: tl.constexpr, state_stride_n: tl.constexpr, A_stride_n: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PER_THREAD: tl.constexpr,
+    WARPS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_start(PDL)
+    LANES: tl.constexpr = N // 4
+    OF_WARP: tl.constexpr = BLOCK_D // WARPS  # channels
+    blocks: tl.constexpr = (CHANNELS + BLOCK_D - 1) // BLOCK_D
+    # Blocks of channels vary fastest: neighbouring programs move neighbouring states.
+    first_d = tl.program_id(0) % blocks * BLOCK_D
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    # Tiles [WARPS * LANES, OF_WARP]: in this shape a warp's threads are the lanes of its own channels.
+    of_tile = tl.arange(0, WARPS * LANES)[:, None]
+    lane = of_tile % LANES
+    d = of_tile // LANES * OF_WARP + tl.arange(0, OF_WARP)[None, :]
+    inside = (d >= 0) if CHANNELS % BLOCK_D == 0 else (first_d + d < CHANNELS)
+
+    slot = row
+    if HAS_SLOTS:
+        slot = tl.load(slot_ptr + row).to(tl.int64)
+    live = slot != pad_slot_id
+    p_a = _words(A_ptr, first_d, PER_THREAD) + (4 * A_stride_n * lane + d)
+    a = ()
+    for j in tl.static_range(4):
+        a = a + (tl.load(p_a + j * A_stride_n, mask=inside).to(tl.float32) * LOG2_E,)
+    if HAS_D:
+        skip = tl.load(D_ptr + first_d + d, mask=inside).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + first_d + d, mask=inside).to(tl.float32)
+    p_state = _words(state_ptr, slot * state_stride_s + first_d, PER_THREAD) + (4 * state_stride_n * lane + d)
+    p_x = _words(x_ptr, row * x_stride_b + first_d, PER_THREAD) + d
+    p_dt = _words(dt_ptr, row * dt_stride_b + first_d, PER_THREAD) + d
+    p_out = _words(out_ptr, row * out_stride_b + first_d, PER_THREAD) + d
+    wait_for_kernel_ahead(PDL)
+
+    mask = inside & live
+    h = ()
+    for j in tl.static_range(4):
+        h = h + (tl.load(p_state + j * state_stride_n, mask=mask).to(tl.float32),)
+    dt = tl.load(p_dt, mask=mask).to(tl.float32)
+    x = tl.load(p_x, mask=mask).to(tl.float32)
+    b = _four_states(B_ptr, row * B_stride_b, live, LANES, WARPS, PER_THREAD)
+    c = _four_states(C_ptr, row * C_stride_b, live, LANES, WARPS, PER_THREAD)
+    if HAS_Z:
+        z = tl.load(_words(z_ptr, row * z_stride_b + first_d, PER_THREAD) + d, mask=mask).to(tl.float32)
+
+    seen = h[0].to(tl.int32, bitcast=True)
+    for j in tl.static_range(1, 4):
+        seen = seen | h[j].to(tl.int32, bitcast=True)
+    dt = (dt.to(tl.int32, bitcast=True) | (seen & zero)).to(tl.float32, bitcast=True)
+    if HAS_BIAS:
+        dt = dt + bias
+    if SOFTPLUS:
+        dt = softplus(dt)
+    h, y = recur(h, a, dt, dt * x, b, c, 4)
+    for j in tl.static_range(4):
+        tl.store(p_state + j * state_stride_n, h[j].to(state_ptr.dtype.element_ty), mask=mask)
+    y = _over_lanes(y, LANES, WARPS)
+    if HAS_D:
+        y = tl.fma(x, skip, y)
+    if HAS_Z:
+        y = y * silu(z)
+    tl.store(p_out, tl.where(live, y, 0.0).to(out_ptr.dtype.element_ty), mask=inside & (lane == 0))
+
+
+def rows_launch(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> tuple[tuple[int], dict[str, Any]] | None:
+    """Grid and shape of the kernel's launch for these arguments; None where the kernel does not serve them.
+
+    It wants no heads, one group, N of 4, 8, 16 or 32, contiguous channels of everything (of state and A too), B and C
+    with contiguous states, and every row at a whole word: four channels, four states.
+    """
+    if x.dim() != 2 or (B.dim() == 3 and B.shape[1] != 1) or A.shape[-1] not in STATE_SIZES:
+        return None
+    by_channel = [y for y in (x, dt, z, out, state.mT, A.t()) if y is not None]
+    vectors = [y for y in (D, dt_bias) if y is not None]
+    if not (in_words(_PER_THREAD, *by_channel) and in_words(4, B, C) and in_words(1, *vectors)):
+        return None
+    (batch, channels), n = x.shape, A.shape[-1]
+    if channels % _PER_THREAD:
+        return None
+    block_d = _PER_THREAD * 32 * _WARPS * 4 // n
+    shape = {
+        "CHANNELS": channels,
+        "N": n,
+        "BLOCK_D": block_d,
+        "PER_THREAD": _PER_THREAD,
+        "WARPS": _WARPS,
+        "num_warps": _WARPS,
+        "enable_fp_fusion": False,
+        **early_start(x.device),
+    }
+    return (batch * cdiv(channels, block_d),), shape
+
+
+def in_words(size: int, *tensors: torch.Tensor) -> bool:
+    """Whether the last dimension is contiguous and each of its rows begins at a multiple of ``size`` elements."""
+    for x in tensors:
+        strides = [x.stride(i) for i in range(x.dim() - 1) if x.shape[i] > 1]
+        if x.stride(-1) != 1 or x.data_ptr() % (size * x.element_size()) or any(s % size for s in strides):
+            return False
+    return True

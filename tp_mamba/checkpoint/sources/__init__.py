@@ -1,0 +1,1 @@
+"""The layouts that weights are published in, behind one interface."""

@@ -1,0 +1,89 @@
+"""Tensors of safetensors files, read slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tp_mamba.checkpoint.errors import CheckpointError
+from tp_mamba.checkpoint.files import refuse_lfs_pointer
+from tp_mamba.checkpoint.sources.base import TensorSource, merge_listings
+
+DTYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The names of dtypes in a safetensors header."""
+
+
+class SafetensorsSource(TensorSource):
+    """One safetensors file, or the several of an index; a slice is read without the rest of its tensor."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        weight_map: dict[str, Path] | None = None,
+        *,
+        remedy: str = "fetch it again",
+    ) -> None:
+        """Read the headers of ``files``.
+
+        Args:
+            weight_map: the index (tensor name to file), checked against the files.
+            remedy: what to advise for a damaged file.
+
+        Raises:
+            CheckpointError: a file is damaged or a git-lfs pointer, or :func:`merge_listings` finds a disagreement.
+        """
+        super().__init__()
+        opened = {path: _open(path, remedy) for path in files}
+        self._holder = merge_listings(
+            [(path, list(file.keys())) for path, file in opened.items()], weight_map
+        )
+        self._slices = {name: opened[path].get_slice(name) for name, path in self._holder.items()}
+
+    def names(self) -> list[str]:
+        return sorted(self._slices)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slices[name].get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._slices[name].get_dtype()
+        if stored not in DTYPES:
+            raise CheckpointError(
+                f"{name} in {self._holder[name]} has dtype {stored}, which is not supported: convert it to a "
+                "float dtype"
+            )
+        return DTYPES[stored]
+
+    def read(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        if start == stop:
+            return self._empty(name, dim)
+        tensor = self._slices[name][(slice(None),) * dim + (slice(start, stop),)]
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+
+def _open(path: Path, remedy: str) -> Any:
+    refuse_lfs_pointer(path)
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}): it is truncated or damaged, {remedy}"
+        ) from error

@@ -1,0 +1,98 @@
+"""How to choose the next token, and when to stop."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import SupportsIndex
+
+_MIN_TEMPERATURE = 1e-6  # below it the quotient of two logits leaves what a float can tell apart
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """Choices for one call of :func:`tp_mamba.engine.generate.generate`, checked when they are made.
+
+    The filters apply in transformers' order and keep what its logits processors keep: repetition penalty,
+    temperature, top-k, top-p, min-p. At temperature 0 the likeliest token wins whatever the last three say,
+    since each of them keeps it.
+    """
+
+    max_new_tokens: int = 128
+    """Tokens after which a sequence ends, at least 1."""
+    temperature: float = 0.0
+    """Divides the logits; 0 is greedy, otherwise at least 1e-6."""
+    top_k: int = 0
+    """Keep this many likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest likeliest tokens whose probabilities reach this sum, in (0, 1]."""
+    min_p: float = 0.0
+    """Keep tokens at least this many times as likely as the likeliest, in [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens already in prompt or text, multiplies the negative; above 0."""
+    seed: int = 0
+    """Together with a prompt's position in the call it fixes that prompt's random numbers; 0 to 2^64 - 1."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end a sequence, besides the model's end-of-text ids."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a sequence; neither they nor anything after them is part of the text."""
+    ignore_eos: bool = False
+    """Go on after the model's end-of-text ids."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
+        if not isinstance(self.stop_token_ids, Iterable):
+            raise ValueError(
+                f"stop_token_ids={self.stop_token_ids!r} is one value: give a tuple of ids, as in (0,)"
+            )
+        stop_token_ids = tuple(integer("an id of stop_token_ids", token) for token in self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} makes nothing: ask for at least 1")
+        if self.temperature != 0 and not _MIN_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature={self.temperature} is out of range: use 0 for greedy, or a finite number of at "
+                f"least {_MIN_TEMPERATURE}"
+            )
+        if self.top_k < 0:
+            raise ValueError(
+                f"top_k={self.top_k} is negative: use 0 to keep every token, or a positive count"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_p={self.top_p} is out of range: it lies above 0 and at most at 1 (1 keeps all)"
+            )
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} is out of range: it lies between 0 (keeps all) and 1")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty} is out of range: it is a finite number "
+                "above 0 (1 for none)"
+            )
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed} is out of range: it lies between 0 and 2**64 - 1")
+        if isinstance(self.stop, str):
+            raise ValueError(
+                f"stop={self.stop!r} is one string: give a tuple of strings, as in ({self.stop!r},)"
+            )
+        if "" in self.stop:
+            raise ValueError("stop holds an empty string, which every text contains: leave it out")
+
+
+def integer(what: str, value: SupportsIndex) -> int:
+    """``value`` as an int: numpy's and torch's integer scalars count, floats and booleans do not.
+
+    Raises:
+        ValueError: it is no integer; the sentence begins with ``what``.
+    """
+    if type(value) is int:  # of a long prompt, every token
+        return value
+    try:
+        if "bool" in str(getattr(value, "dtype", type(value))):  # operator.index would make 0 or 1 of it
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{what} is {value!r}, which is not an integer: give a whole number") from None

@@ -1,1 +1,0 @@
-"""Text generation: sampling, stop conditions, batching and streaming."""

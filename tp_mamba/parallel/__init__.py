@@ -1,0 +1,1 @@
+"""Tensor parallelism itself: the group, its collectives, and how tensors are cut over the ranks."""

@@ -1,0 +1,1 @@
+"""Recurrent state of many sequences."""
