@@ -1,16 +1,11 @@
 """``x @ weight.T + bias`` by the routine that serves the shape best.
 
-A GPU has two: the library's, and for few rows ``skinny_linear`` where that has been measured to be faster.
+On a GPU that is the library's product, and for few rows :func:`skinny_linear` where that has been measured to be
+faster.
 
-Float32 on a CPU has three. torch hands such a product to its BLAS; MKL runs one row (a decoded token) on one thread and
-at half of what that thread could read, and a few rows no better. So here:
-
-- one or two rows are a batch of products ``block @ column``, a block of the weight's rows each, which run side by side;
-- more rows go to oneDNN, through the operator that torch's own compiler calls (MKL without its AVX-512 code, as on
-  AMD, takes a quarter longer for a whole prompt, and half as long again for eight rows).
-
-Nothing is repacked, so no weight is held twice. Everything else (another dtype or device, a gradient to track, a
-small weight, oneDNN absent or switched off) is ``torch.nn.functional.linear``.
+On a CPU it is the library's product too, but for one or two rows of float32 (a decoded token): MKL runs those on one
+thread, at half of what that thread could read. A batch of products ``block @ column``, one block of the weight's rows
+each, runs on all threads. Nothing is repacked, so no weight is held twice.
 """
 
 from __future__ import annotations
@@ -22,9 +17,6 @@ import torch.nn.functional as F
 
 from tp_mamba.kernels.linear.skinny import prefers_skinny, skinny_linear
 
-_ONEDNN = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-)
 _MOST_BLOCKS = 16
 _LARGE = 100_000
 """Elements of a weight from which this pays: less is read by one thread before others have started."""
@@ -43,19 +35,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     if x.is_cuda and bias is None and _is_skinny(x, weight):
         return skinny_linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
-    if not _is_served(x, weight, bias):
+    if not _is_one_or_two_rows(x, weight, bias):
         return F.linear(x, weight, bias)
     out_size, in_size = weight.shape
-    rows, blocks = x.numel() // in_size, math.gcd(out_size, _MOST_BLOCKS)
-    if rows <= 2 and blocks > 1:
-        if x.dim() == 2:
-            y = _by_blocks(x, weight, blocks)
-        else:
-            y = _by_blocks(x.reshape(rows, in_size), weight, blocks).view(*x.shape[:-1], out_size)
-        return y if bias is None else y.add_(bias)
-    if _ONEDNN is not None and torch.backends.mkldnn.enabled:
-        return _ONEDNN(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    blocks = math.gcd(out_size, _MOST_BLOCKS)
+    if x.dim() == 2:
+        y = _by_blocks(x, weight, blocks)
+    else:
+        y = _by_blocks(x.reshape(-1, in_size), weight, blocks).view(*x.shape[:-1], out_size)
+    return y if bias is None else y.add_(bias)
 
 
 def _is_skinny(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -67,8 +55,8 @@ def _is_skinny(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return plain and not tracked and K > 0 and prefers_skinny(x.numel() // K, N, K, x.dtype)
 
 
-def _is_served(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether this is a well-formed float32 product on a CPU, not tiny, that no gradient passes through."""
+def _is_one_or_two_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether this is a well-formed float32 product of one or two rows on a CPU, not tiny, without a gradient."""
     if x.dtype is not torch.float32 or weight.dtype is not torch.float32 or not (x.is_cpu and weight.is_cpu):
         return False
     tracked = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -76,7 +64,7 @@ def _is_served(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
         return False
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return False
-    if weight.numel() < _LARGE or x.numel() == 0:
+    if weight.numel() < _LARGE or not 0 < x.numel() <= 2 * weight.shape[1] or weight.shape[0] % 2:
         return False
     return bias is None or (bias.dtype is torch.float32 and bias.is_cpu and bias.shape == weight.shape[:1])
 
