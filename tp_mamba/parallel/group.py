@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -244,6 +245,37 @@ class TensorParallel:
         except BaseException as failure:  # an interrupt too must not leave the other ranks waiting
             error = failure
         self.agree(error)
+
+    def same_everywhere(self, **values: Any) -> None:
+        """Refuse to go on where the ranks were given different values; every rank calls this, under the same names.
+
+        Ranks that go on with different arguments meet in collectives that do not fit together: they hang, or mix
+        what they compute. Only digests travel, so a value may be large.
+
+        Args:
+            values: what each name stands for on this rank; compared by ``repr``.
+
+        Raises:
+            ValueError: on every rank, naming the first value that differs, and the first rank that differs from
+                rank 0 in it.
+        """
+        digests = {
+            name: (hashlib.sha256(text.encode()).hexdigest(), _abridged(text))
+            for name, text in ((name, repr(value)) for name, value in values.items())
+        }
+        mine, *others = self.all_gather_object(digests)
+        for name in {name: None for theirs in (mine, *others) for name in theirs}:
+            for rank, theirs in enumerate(others, 1):
+                if mine.get(name) != theirs.get(name):
+                    found = [given[name][1] if name in given else "nothing" for given in (mine, theirs)]
+                    raise ValueError(
+                        f"{name} differs between the ranks, rank 0 was given {found[0]} and rank {rank} {found[1]}: "
+                        "give every rank the same"
+                    )
+
+
+def _abridged(text: str) -> str:
+    return text if len(text) <= 90 else f"{text[:60]} ... {text[-25:]}"
 
 
 def checked(tp: TensorParallel | None) -> TensorParallel:
