@@ -139,6 +139,7 @@ def causal_conv1d_fn(
             none. Tokens outside all sequences give zeros.
         cache_indices: ``[S]`` int32, each sequence's slot in ``conv_states``, none twice; by default slot s.
             ``pad_slot_id``: no slot, the sequence starts from zeros and leaves no state. ``[S, 1]`` will do.
+            For a packed batch there may be more than S: the rest is ignored.
         has_initial_state: ``[S]`` bool: start from the slot, not from zeros. By default none does.
         conv_states: ``[slots, D, state_len >= K - 1]``, written in place. A sequence without tokens leaves its slot
             as it was if it starts from it, and zeros if not, as the scan does. (vLLM keeps the inputs of a longer
@@ -174,9 +175,10 @@ def causal_conv1d_fn(
         raise ValueError(
             f"causal_conv1d_fn: query_start_loc has shape {list(query_start_loc.shape)}: expected [S + 1]"
         )
-    cache_indices = slot_column("causal_conv1d_fn", "cache_indices", cache_indices)
     channels, width = weight.shape
     num_seqs = x.shape[0] if query_start_loc is None else query_start_loc.shape[0] - 1
+    packed_seqs = None if query_start_loc is None else num_seqs
+    cache_indices = slot_column("causal_conv1d_fn", "cache_indices", cache_indices, packed_seqs)
     _check_sequences("causal_conv1d_fn", "query_start_loc", query_start_loc, num_seqs + 1, x)
     _check_sequences("causal_conv1d_fn", "cache_indices", cache_indices, num_seqs, x)
     _check_sequences("causal_conv1d_fn", "has_initial_state", has_initial_state, num_seqs, x)

@@ -56,8 +56,15 @@ def check_indices(op: str, tensors: Sequence[Named]) -> None:
             )
 
 
-def slot_column(op: str, name: str, slots: torch.Tensor | None) -> torch.Tensor | None:
-    """``slots``, or of a block table ``[S, 1]`` its column; raise ValueError for a wider table."""
+def slot_column(
+    op: str, name: str, slots: torch.Tensor | None, sequences: int | None = None
+) -> torch.Tensor | None:
+    """``slots [S]``, also given as the column of a block table ``[S, 1]``; raise ValueError for a wider table.
+
+    ``sequences``: cut to as many. vLLM and SGLang hand over the slots of a padded batch, more than it has sequences.
+    """
+    if slots is not None and sequences is not None and slots.dim() > 0:
+        slots = slots[:sequences]
     if slots is None or slots.dim() != 2:
         return slots
     if slots.shape[1] != 1:

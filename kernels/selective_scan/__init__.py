@@ -134,7 +134,7 @@ def selective_scan_fn(
         cache_indices: ``[S]`` int, the slot of each sequence in ``ssm_states``; by default sequence ``s`` has
             slot ``s``. A sequence at ``pad_slot_id`` starts from zero and keeps no state. Slots are distinct and
             in range: they are read on the device and not checked. ``[S, 1]`` will do; a column of a wider table
-            is copied.
+            is copied. For a packed batch there may be more than S: the rest is ignored.
         has_initial_state: ``[S]`` bool, whether a sequence continues from its slot; by default none does.
         ssm_states: ``[slots, D, N]`` float, read where ``has_initial_state`` and written in place. An empty
             sequence leaves its initial state, zero if it has none. Slots not named stay untouched.
@@ -200,7 +200,7 @@ def selective_scan_fn(
     check_shape(_OP, "delta_bias", delta_bias, "[D]", (channels,))
     B = _by_group("B", B, u, n, packed)
     C = _by_group("C", C, u, n, packed)
-    cache_indices = slot_column(_OP, "cache_indices", cache_indices)
+    cache_indices = slot_column(_OP, "cache_indices", cache_indices, sequences if packed else None)
     check_shape(_OP, "cache_indices", cache_indices, "[S]", (sequences,))
     check_shape(_OP, "has_initial_state", has_initial_state, "[S]", (sequences,))
     check_mask(_OP, "has_initial_state", has_initial_state)

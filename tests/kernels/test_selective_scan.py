@@ -350,7 +350,7 @@ def test_compiles_for_hopper_without_spills(monkeypatch: pytest.MonkeyPatch, tmp
             {"has_initial_state": torch.zeros(1, dtype=torch.bool)},
             "has_initial_state was given without ssm_states",
         ),
-        ({"cache_indices": torch.zeros(2, dtype=torch.int32)}, "cache_indices has shape [2] but [S] is [1]"),
+        ({"cache_indices": torch.zeros(0, dtype=torch.int32)}, "cache_indices has shape [0] but [S] is [1]"),
         ({"has_initial_state": torch.zeros(1)}, "has_initial_state has dtype torch.float32 but must be bool"),
         ({"ssm_states": torch.zeros(1, 4, 3)}, "ssm_states has shape [1, 4, 3] but must be [slots, D, N]"),
         ({"ssm_states": torch.zeros(0, 4, 2)}, "at least 1 slots"),
