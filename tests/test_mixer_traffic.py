@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import pkgutil
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conv_norm_testing import run_on
-from kernel_testing import assert_within_twice
+from kernel_testing import TRITON_MODULES, assert_within_twice
 from traffic import Recorder, Step, recorded, recorded_as_on_a_gpu
 
 from tp_mamba.batch import MambaMetadata, MambaMetadataBuilder
@@ -231,10 +230,7 @@ def triton_kernels() -> set[str]:
     """The names of all kernels of the package."""
     from triton.runtime.jit import JITFunction
 
-    package = importlib.import_module("tp_mamba.kernels")
-    modules = [
-        importlib.import_module(f"tp_mamba.kernels.{m.name}") for m in pkgutil.iter_modules(package.__path__)
-    ]
+    modules = [importlib.import_module(name) for name in TRITON_MODULES]
     return {x.__name__ for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}
 
 

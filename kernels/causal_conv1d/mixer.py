@@ -21,8 +21,8 @@ import triton.language as tl
 
 from tp_mamba.kernels.common.approximations import silu as approx_silu
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.common.dialect import jit_by_type
 from tp_mamba.kernels.common.integers import cdiv
-from tp_mamba.kernels.common.ssm_token import jit_by_type
 
 NUM_WARPS = 4
 

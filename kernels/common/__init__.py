@@ -1,1 +1,1 @@
-"""What several operators share: argument checks, dispatch, launch arithmetic, and Triton functions."""
+"""What operators share: checks, limits, dtypes, dispatch, device properties, and helpers of their Triton kernels."""

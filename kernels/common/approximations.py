@@ -77,3 +77,11 @@ def softplus(x):
     q = tl.fma(t, q, 0.6666632294654846)
     q = tl.fma(t, q, 2.0)
     return tl.fma(s, q, tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
+def softplus_of_sum(product, bias):
+    """``softplus(product + bias)`` of a product ``[BLOCK_T, BLOCK_D]`` and a bias ``[BLOCK_D]``, float32."""
+    # From a plain sum the compiler would make a product that starts at the bias, with every partial sum rounded to
+    # the bias' last place instead of one.
+    return softplus(tl.fma(product, 1.0, bias[None, :]))

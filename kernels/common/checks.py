@@ -8,14 +8,10 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from tp_mamba.kernels.common.dtypes import FLOATS
+
 P = ParamSpec("P")
 R = TypeVar("R")
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""What the kernels take, in any mixture; float64 runs in plain torch."""
-
-MAX_STATE_SIZE = 256
-"""Largest N: the state of 32 channels stays in the registers of one program up to here."""
 
 Named = tuple[str, torch.Tensor | None]
 
@@ -35,15 +31,15 @@ def check_shape(op: str, name: str, tensor: torch.Tensor | None, letters: str, s
 
 
 def check_floating(op: str, tensors: Sequence[Named]) -> None:
-    """Raise ValueError for a tensor of a dtype outside :data:`DTYPES`."""
+    """Raise ValueError for a tensor whose dtype is not one of ``DTYPES``."""
     for name, tensor in tensors:
         if tensor is not None:
             check_dtype(op, f"{name} has dtype", tensor.dtype)
 
 
 def check_dtype(op: str, what: str, dtype: torch.dtype) -> None:
-    """Raise ValueError, ``what`` before the dtype, for one outside :data:`DTYPES`."""
-    if dtype not in DTYPES:
+    """Raise ValueError, ``what`` before the dtype, for one that is not one of ``DTYPES``."""
+    if dtype not in FLOATS:
         raise ValueError(f"{op}: {what} {dtype}: use float32, bfloat16, float16 or float64")
 
 
@@ -76,7 +72,7 @@ def slot_column(
 
 
 def without_gaps(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """A short tensor as the kernels that know no stride of it read it: copied only if it has one; None is None."""
+    """``tensor.contiguous()``, or None; for short tensors whose stride the kernels do not take."""
     return None if tensor is None else tensor.contiguous()
 
 
@@ -93,14 +89,6 @@ def check_device(op: str, device: torch.device, first: str, tensors: Sequence[Na
             raise ValueError(
                 f"{op}: {name} is on {tensor.device} but {first} is on {device}; move all arguments to one device"
             )
-
-
-def check_state_size(op: str, n: int) -> None:
-    """Raise ValueError for a state size N outside ``1..256``."""
-    if not 1 <= n <= MAX_STATE_SIZE:
-        raise ValueError(
-            f"{op}: A has a state size N of {n} but N must be 1 to {MAX_STATE_SIZE}; use a smaller state"
-        )
 
 
 def not_supported(op: str, **remedies: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

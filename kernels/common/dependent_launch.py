@@ -1,15 +1,13 @@
-"""Programmatic dependent launch: a kernel takes its place on the GPU before the kernel ahead of it has ended.
+"""Programmatic dependent launch (PDL): a kernel takes its place on the GPU before the previous kernel has ended.
 
 In decode a kernel lasts two or three microseconds, a third of which is its launch and its first instructions; between
-kernels the memory is idle. A kernel launched with :func:`early_start` is on the multiprocessors as soon as all programs
-of the kernel ahead are, and then waits for that kernel's end and for all that it wrote. Meanwhile its weights are on
-their way.
+kernels the memory is idle. A kernel launched with :func:`early_start` is on the SMs as soon as all programs of the
+previous kernel are, reads its static operands, and then waits for that kernel's end and for all that it wrote.
 
 Every kernel that takes part calls :func:`wait_for_kernel_ahead` in every program, before it writes anything and before
 it reads what such a kernel may have written: activations and states. The end of a kernel therefore says that all
-kernels before it have ended too, however many of them started early. Weights and slots it may read sooner: they are
-older than any kernel that lets the next start, since what writes them (a loader, an optimizer, PyTorch's operators)
-does not.
+kernels before it have ended too, however many of them started early. What may be read sooner is declared at each op:
+:mod:`~tp_mamba.kernels.common.static_operands`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -25,21 +23,21 @@ import triton.language as tl
 
 @triton.jit
 def let_next_start(PDL: tl.constexpr):
-    """From when all programs of this kernel have called it, those of the next one take free places."""
+    """Once all programs of this kernel have called it, programs of the next kernel take the places that are free."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_kernel_ahead(PDL: tl.constexpr):
-    """Return once the kernel ahead has ended and what it wrote can be read."""
+    """Return once the previous kernel has ended and what it wrote can be read."""
     if PDL:
         tl.extra.cuda.gdc_wait()
 
 
 @functools.cache
 def has_dependent_launch(device: torch.device) -> bool:
-    """Whether kernels can start early on ``device``: on NVIDIA's Hopper and later."""
+    """Whether kernels can start early on ``device``: NVIDIA's Hopper and later."""
     return (
         device.type == "cuda"
         and torch.version.cuda is not None

@@ -21,12 +21,12 @@ import torch
 import triton
 import triton.language as tl
 
-from tp_mamba.kernels.common.approximations import LOG2_E
+from tp_mamba.kernels.common.alignment import in_words
+from tp_mamba.kernels.common.approximations import LOG2_E, softplus_of_sum
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.common.dialect import add, jit_by_type
 from tp_mamba.kernels.common.integers import cdiv, next_power_of_2
-from tp_mamba.kernels.common.ssm_token import add, jit_by_type, token_of_states
-from tp_mamba.kernels.linear_softplus.mixer import softplus_of_sum
-from tp_mamba.kernels.selective_state_update.mixer import in_words
+from tp_mamba.kernels.common.recurrence import token_of_states
 
 STATE_SIZES = (4, 8, 16)
 """Whole loads of four states of B and C; the states of a thread's channels leave room for a second program."""

@@ -20,6 +20,7 @@ from tp_mamba.kernels.common.dependent_launch import (
     let_next_start,
     wait_for_kernel_ahead,
 )
+from tp_mamba.kernels.common.dialect import tree_at, tree_of
 from tp_mamba.kernels.common.integers import cdiv, next_power_of_2
 from tp_mamba.kernels.linear.launch import SkinnyLaunch, skinny_launch, slice_count, slice_width
 
@@ -28,30 +29,6 @@ _SUM_BLOCK = 128
 _COLUMNS_AHEAD = 256
 """Of a program's weight rows, asked for before the kernel ahead has ended: for what a multiprocessor holds of in_proj
 64 KB, 0.3 to 0.8 us of an H200's step. With 1024 it is slower than with none."""
-
-
-@triton.jit
-def _tree_of(sums, FIRST: tl.constexpr, SIZE: tl.constexpr):
-    """The sum of ``sums[FIRST : FIRST + SIZE]``, a power of two of them, in the order of an aligned binary tree."""
-    if SIZE == 1:
-        total = sums[FIRST]
-    else:
-        total = _tree_of(sums, FIRST, SIZE // 2) + _tree_of(sums, FIRST + SIZE // 2, SIZE // 2)
-    return total
-
-
-@triton.jit
-def tree_at(ptr, stride, mask, FIRST: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """The same for tiles in memory, ``stride`` apart, of which there are ``COUNT``."""
-    if SIZE == 1:
-        total = tl.load(ptr + FIRST * stride, mask=mask, other=0.0)
-    elif FIRST + SIZE // 2 < COUNT:
-        total = tree_at(ptr, stride, mask, FIRST, SIZE // 2, COUNT) + tree_at(
-            ptr, stride, mask, FIRST + SIZE // 2, SIZE // 2, COUNT
-        )
-    else:
-        total = tree_at(ptr, stride, mask, FIRST, SIZE // 2, COUNT)
-    return total
 
 
 @triton.jit
@@ -80,7 +57,7 @@ def _slices_at_once(
             at = g * SLICE + i
             new_sums += (_step(weight_tile, x_tile, n_mask, m_mask, k_left, at, sums[g], RAGGED, False),)
         sums = new_sums
-    return _tree_of(sums, 0, GROUP)
+    return tree_of(sums, 0, GROUP)
 
 
 @triton.jit

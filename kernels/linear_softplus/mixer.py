@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tp_mamba.kernels.common.approximations import softplus
+from tp_mamba.kernels.common.approximations import softplus_of_sum
 from tp_mamba.kernels.common.dependent_launch import (
     early_start,
     let_next_start,
@@ -62,14 +62,6 @@ def launch_shape(T: int, D: int, R: int, dtype: torch.dtype, processors: int) ->
     tiles, columns = cdiv(T, block_t), cdiv(D, block_d)
     runs = max(1, 2 * processors // columns)  # two programs a multiprocessor, all at once
     return Shape(True, block_t, block_d, whole, 4, cdiv(tiles, runs))
-
-
-@triton.jit
-def softplus_of_sum(product, bias):
-    """``softplus(product + bias)`` of a product ``[BLOCK_T, BLOCK_D]`` and a bias ``[BLOCK_D]``, float32."""
-    # Of a plain sum the compiler would make a product that starts at the bias, with every partial sum rounded to
-    # the bias' last place instead of one.
-    return softplus(tl.fma(product, 1.0, bias[None, :]))
 
 
 @triton.jit(do_not_specialize=["T", "tiles"])

@@ -28,13 +28,13 @@ from tp_mamba.kernels.common.checks import (
     check_indices,
     check_mask,
     check_shape,
-    check_state_size,
     not_supported,
     refuse_grad,
     slot_column,
     without_gaps,
 )
 from tp_mamba.kernels.common.dispatch import use_triton
+from tp_mamba.kernels.common.limits import check_state_size
 
 _OP = "selective_scan_fn"
 
@@ -192,7 +192,7 @@ def selective_scan_fn(
         )
     channels, n = u.shape[-2], A.shape[1]
     sequences = query_start_loc.shape[0] - 1 if query_start_loc is not None else u.shape[0]
-    check_state_size(_OP, n)
+    check_state_size(f"{_OP}: A", n)
     for name, tensor in (("delta", delta), ("z", z), ("out", out)):
         check_shape(_OP, name, tensor, dims, u.shape)
     check_shape(_OP, "A", A, "[D, N]", (channels, n))

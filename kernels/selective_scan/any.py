@@ -19,9 +19,11 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.common.approximations import LOG2_E
+from tp_mamba.kernels.common.dialect import jit_by_type
 from tp_mamba.kernels.common.integers import cdiv
-from tp_mamba.kernels.common.ssm_token import BLOCK_D, first_saved_row, jit_by_type, launch_shape, ssm_token
-from tp_mamba.kernels.selective_scan.mixer import selective_scan_tiles_kernel
+from tp_mamba.kernels.common.recurrence import ssm_token
+from tp_mamba.kernels.common.state_tile import BLOCK_D, state_tile
+from tp_mamba.kernels.selective_scan.mixer import first_saved_row, selective_scan_tiles_kernel
 
 STEPS = 4
 """Tokens whose loads are in flight while the four before them are computed."""
@@ -275,6 +277,7 @@ def selective_scan_triton(
         0 if D is None else D.stride(0), 0 if delta_bias is None else delta_bias.stride(0),
         *((0, 0, 0) if ssm_states is None else ssm_states.stride()),
     )  # fmt: skip
+    block_n, num_warps = state_tile(n)
     with torch.cuda.device_of(u):
         if token_major and groups == 1 and n in TILE_STATE_SIZES and _in_fours(B, C):
             shape = tiles_launch(sequences, channels, n, delta_softplus)
@@ -293,7 +296,8 @@ def selective_scan_triton(
                 *tensors, length, channels, channels // groups, pad_slot_id,
                 *strides[0], *strides[1], *strides[2], *strides[3],
                 *A.stride(), *B_strides, *C_strides, *vector_strides, save_states_every,
-                STEPS=STEPS, TOKEN_MAJOR=token_major, ONE_GROUP=groups == 1, **launch_shape(n), **options,
+                STEPS=STEPS, TOKEN_MAJOR=token_major, ONE_GROUP=groups == 1, N=n, BLOCK_N=block_n, BLOCK_D=BLOCK_D,
+                num_warps=num_warps, enable_fp_fusion=False, **options,
             )  # fmt: skip
 
 

@@ -22,10 +22,17 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.common.approximations import LOG2_E, silu, softplus
-from tp_mamba.kernels.common.ssm_token import add, first_saved_row, jit_by_type, recur
+from tp_mamba.kernels.common.dialect import add, jit_by_type
+from tp_mamba.kernels.common.recurrence import recur
 
 GROUPS_IN_FLIGHT = tl.constexpr(3)
 """Of tokens: the present one and those that are being loaded."""
+
+
+@triton.jit
+def first_saved_row(i_s, first, length, every, VARLEN: tl.constexpr):
+    """The row of ``saved_states`` with the initial state of sequence ``i_s``, which begins at token ``first``."""
+    return first // every + i_s if VARLEN else i_s * ((length - 1) // every + 1)
 
 
 @triton.jit

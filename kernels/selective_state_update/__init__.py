@@ -21,13 +21,13 @@ from tp_mamba.kernels.common.checks import (
     check_floating,
     check_indices,
     check_shape,
-    check_state_size,
     not_supported,
     refuse_grad,
     slot_column,
     without_gaps,
 )
 from tp_mamba.kernels.common.dispatch import use_triton
+from tp_mamba.kernels.common.limits import check_state_size
 from tp_mamba.kernels.selective_scan import selective_scan_fn
 
 _OP = "selective_state_update"
@@ -170,7 +170,7 @@ def check_step(
             "give A a row of states for every channel"
         )
     n = A.shape[-1]
-    check_state_size(op, n)
+    check_state_size(f"{op}: A", n)
     for name, tensor in (("dt", dt), ("z", z), ("out", out)):
         check_shape(op, name, tensor, dims, x.shape)
     check_shape(op, "A", A, f"{per_channel[:-1]}, N]", (*channels, n))

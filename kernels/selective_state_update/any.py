@@ -13,8 +13,10 @@ import torch
 import triton.language as tl
 
 from tp_mamba.kernels.common.approximations import LOG2_E
+from tp_mamba.kernels.common.dialect import jit_by_type
 from tp_mamba.kernels.common.integers import cdiv
-from tp_mamba.kernels.common.ssm_token import BLOCK_D, jit_by_type, launch_shape, ssm_token
+from tp_mamba.kernels.common.recurrence import ssm_token
+from tp_mamba.kernels.common.state_tile import BLOCK_D, state_tile
 from tp_mamba.kernels.selective_state_update.mixer import rows_launch, state_update_rows_kernel
 
 
@@ -153,6 +155,7 @@ def selective_state_update_triton(
         "HAS_SLOTS": state_batch_indices is not None,
     }
     by_rows = rows_launch(state, x, dt, A, B, C, D, z, dt_bias, out)
+    block_n, num_warps = state_tile(n)
     with torch.cuda.device_of(x):
         if by_rows is not None:
             grid, shape = by_rows
@@ -168,5 +171,5 @@ def selective_state_update_triton(
                 *strides(A, 0, 3), *B_s, *C_s, *strides(D, 0, 2), *strides(dt_bias, 0, 2),
                 TOKEN_MAJOR=x_s[2] == dt_s[2] == z_s[2] == out_s[2] == 1,
                 ONE_GROUP=groups == 1,
-                **launch_shape(n), **options,
+                N=n, BLOCK_N=block_n, BLOCK_D=BLOCK_D, num_warps=num_warps, enable_fp_fusion=False, **options,
             )  # fmt: skip

@@ -23,10 +23,12 @@ import torch
 import triton
 import triton.language as tl
 
+from tp_mamba.kernels.common.alignment import in_words
 from tp_mamba.kernels.common.approximations import LOG2_E, silu, softplus
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.common.dialect import add, jit_by_type
 from tp_mamba.kernels.common.integers import cdiv
-from tp_mamba.kernels.common.ssm_token import add, jit_by_type, recur
+from tp_mamba.kernels.common.recurrence import recur
 
 STATE_SIZES = (4, 8, 16, 32)
 """Whole loads of four states of B and C, whose lanes fit a warp."""
@@ -200,12 +202,3 @@ def rows_launch(
         **early_start(x.device),
     }
     return (batch * cdiv(channels, block_d),), shape
-
-
-def in_words(size: int, *tensors: torch.Tensor) -> bool:
-    """Whether the last dimension is contiguous and each of its rows begins at a multiple of ``size`` elements."""
-    for x in tensors:
-        strides = [x.stride(i) for i in range(x.dim() - 1) if x.shape[i] > 1]
-        if x.stride(-1) != 1 or x.data_ptr() % (size * x.element_size()) or any(s % size for s in strides):
-            return False
-    return True

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 
 from tp_mamba.kernels.common.checks import (
-    MAX_STATE_SIZE,
     check_device,
     check_dtype,
     check_floating,
@@ -21,6 +20,7 @@ from tp_mamba.kernels.common.checks import (
     without_gaps,
 )
 from tp_mamba.kernels.common.dispatch import use_triton
+from tp_mamba.kernels.common.limits import MAX_STATE_SIZE
 
 _OP = "split_dt_bc"
 

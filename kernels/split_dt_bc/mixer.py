@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.common.dialect import tree_at
 from tp_mamba.kernels.common.integers import cdiv, next_power_of_2
-from tp_mamba.kernels.linear.mixer import tree_at
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,10 +25,6 @@ def device_of(place: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """
     if place != "interpreter":
         return torch.device(place)
-    package = importlib.import_module("tp_mamba.kernels")
-    for module in kernel_testing.TRITON_MODULES:  # remembers what the package holds before an import sets it
-        name = module.rpartition(".")[2]
-        monkeypatch.setattr(package, name, getattr(package, name, None), raising=False)
     return kernel_testing.triton_device(place, monkeypatch)
 
 

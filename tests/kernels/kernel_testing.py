@@ -21,18 +21,19 @@ Far below zero ``log(1 + exp(x))`` loses every digit (a third of the value at -1
 before 20 is off by 7e-4 of the value at 5.5 and by 3e-6 at 10.5, both many times the rounding of float32. From
 89 on, ``exp`` is infinite."""
 
-TRITON_MODULES = (
-    "tp_mamba.kernels.common.dependent_launch",
-    "tp_mamba.kernels.common.approximations",
-    "tp_mamba.kernels.common.ssm_token",
-    "tp_mamba.kernels.selective_scan.mixer",
-    "tp_mamba.kernels.linear_softplus.mixer",
-    "tp_mamba.kernels.selective_scan.any",
-    "tp_mamba.kernels.linear.mixer",
-    "tp_mamba.kernels.selective_state_update.mixer",
-    "tp_mamba.kernels.selective_state_update.any",
-    "tp_mamba.kernels.dt_proj_state_update.mixer",
-)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def triton_modules() -> list[str]:
+    """Every module of the kernels that Triton compiles something of, wherever it stands."""
+    files = sorted((ROOT / "kernels").rglob("*.py"))
+    found = [file for file in files if re.search(r"^import triton", file.read_text(), re.MULTILINE)]
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in found]
+    assert len(names) > 10
+    return [f"tp_mamba.{name}" for name in names]
+
+
+TRITON_MODULES = triton_modules()
 
 
 def triton_device(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
@@ -46,17 +47,22 @@ def triton_device(name: str, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     importlib.import_module("triton.language")  # its own functions are for the compiler, whatever comes first
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     repair()
-    for module in TRITON_MODULES:
+    replace_modules(TRITON_MODULES, monkeypatch)
+    return torch.device("cpu")
+
+
+def replace_modules(modules: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import ``modules`` anew, for this test."""
+    for module in modules:
         # setitem first: it remembers what to restore, also where there was nothing.
         monkeypatch.setitem(sys.modules, module, None)
         monkeypatch.delitem(sys.modules, module)
-    package = importlib.import_module("tp_mamba.kernels")
-    for module in TRITON_MODULES:
         # An import sets the package's attribute: what to restore is remembered before it.
-        monkeypatch.setattr(package, module.rpartition(".")[2], None, raising=False)
-    for module in TRITON_MODULES:
+        package, _, attribute = module.rpartition(".")
+        folder = importlib.import_module(package)
+        monkeypatch.setattr(folder, attribute, getattr(folder, attribute, None), raising=False)
+    for module in modules:
         importlib.import_module(module)
-    return torch.device("cpu")
 
 
 def to(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:

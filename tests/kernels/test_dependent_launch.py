@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from kernel_testing import Launches, compile_as_launched
+from kernel_testing import TRITON_MODULES, Launches, compile_as_launched
 from ptx_testing import read_ahead
 
-import tp_mamba.kernels
 from tp_mamba.batch import MambaMetadataBuilder
 from tp_mamba.kernels.linear.skinny import skinny_linear
 from tp_mamba.kernels.linear_softplus import linear_softplus
@@ -39,16 +37,16 @@ def time_steps(T: int, R: int = 256) -> torch.Tensor:
 
 _OF_SPLIT, _OF_TIME_STEPS = {"dt_weight_ptr", "b_weight_ptr", "c_weight_ptr"}, {"weight_ptr", "bias_ptr"}
 CALLS: dict[str, tuple[str, str, set[str], Callable[[], Any]]] = {
-    "product": ("skinny_linear", "_product_kernel", set(), lambda: skinny_linear(zeros(2, 2048), zeros(288, 2048))),
+    "product": ("linear.skinny", "_product_kernel", set(), lambda: skinny_linear(zeros(2, 2048), zeros(288, 2048))),
     "product, slices in turn": (
-        "skinny_linear",
+        "linear.skinny",
         "_product_kernel",
         {"weight_ptr"},
         lambda: skinny_linear(zeros(2, 4096), zeros(8192, 4096)),
     ),
-    "sum": ("skinny_linear", "_sum_kernel", set(), lambda: skinny_linear(zeros(2, 2048), zeros(288, 2048))),
-    "split": ("dt_bc_split", "_split_kernel", _OF_SPLIT, lambda: split(zeros(2, 288).float())),
-    "split of slices": ("dt_bc_split", "_split_kernel", _OF_SPLIT, lambda: split(zeros(3, 2, 288).float())),
+    "sum": ("linear.skinny", "_sum_kernel", set(), lambda: skinny_linear(zeros(2, 2048), zeros(288, 2048))),
+    "split": ("split_dt_bc", "_split_kernel", _OF_SPLIT, lambda: split(zeros(2, 288).float())),
+    "split of slices": ("split_dt_bc", "_split_kernel", _OF_SPLIT, lambda: split(zeros(3, 2, 288).float())),
     "dt, few rows": ("linear_softplus", "_tiled_kernel", _OF_TIME_STEPS, lambda: time_steps(2)),
     "dt, more rows": ("linear_softplus", "_tiled_kernel", _OF_TIME_STEPS, lambda: time_steps(64)),
     "dt, few outputs": ("linear_softplus", "_tiled_kernel", _OF_TIME_STEPS, lambda: time_steps(80)),
@@ -62,7 +60,7 @@ CALLS: dict[str, tuple[str, str, set[str], Callable[[], Any]]] = {
         lambda: add_rms_norm(zeros(2, 4096), zeros(2, 4096).float(), zeros(4096)),
     ),
 }  # fmt: skip
-"""The operator's module, its kernel, the weights that this reads early, and a call of it that launches the kernel."""
+"""The module of its op, the kernel, the weights that this reads early, and a call of it that launches the kernel."""
 ELSEWHERE = {"_step_kernel", "state_update_rows_kernel", "dt_proj_state_update_kernel"}
 """Those whose own modules hold the same test."""
 
@@ -70,7 +68,9 @@ ELSEWHERE = {"_step_kernel", "state_update_rows_kernel", "dt_proj_state_update_k
 def compiled_for(case: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The kernel as the case's call launches it on a Hopper GPU."""
     op, name, _, call = CALLS[case]
-    module = importlib.import_module(f"tp_mamba.kernels.{op}_triton")
+    folder = f"tp_mamba.kernels.{op.partition('.')[0]}"
+    modules = [importlib.import_module(each) for each in TRITON_MODULES if each.startswith(folder + ".")]
+    (module,) = (each for each in modules if hasattr(each, name))
     kernel, recorded = getattr(module, name), Launches()
     with monkeypatch.context() as patch:
         patch.setattr(f"tp_mamba.kernels.{op}.use_triton", lambda x: True)
@@ -91,14 +91,12 @@ def test_no_kernel_that_starts_early_is_left_out() -> None:
     from triton.runtime.jit import JITFunction
 
     found = set()
-    for each in pkgutil.iter_modules(tp_mamba.kernels.__path__, "tp_mamba.kernels."):
-        if each.name.endswith("_triton"):
-            module = vars(importlib.import_module(each.name))
-            found |= {
-                name
-                for name, x in module.items()
-                if isinstance(x, JITFunction) and "PDL" in x.arg_names and x.module == each.name
-            }
+    for each in TRITON_MODULES:
+        found |= {
+            name
+            for name, x in vars(importlib.import_module(each)).items()
+            if isinstance(x, JITFunction) and "PDL" in x.arg_names and x.module == each
+        }
     helpers = {"let_next_start", "wait_for_kernel_ahead"}
     assert found - helpers == {name for _, name, *_ in CALLS.values()} | ELSEWHERE
 

@@ -1,57 +1,22 @@
-"""One token of the recurrence, in the form that the scan's general kernel and the one-step update share.
+"""One token of the recurrence, in the two forms that the scan and the one-step updates share.
 
-The state is a tile ``[BLOCK_N, BLOCK_D]`` in registers. Bits: the kernels are compiled without contraction of
-``a * b + c``, a product is fused into a sum exactly where ``fma`` is written; and the sum over states is written out,
-not left to a layout: four states after each other, then the upper half of those sums added to the lower until one is
-left. (Padded states have A = B = C = 0: their state stays zero and adds nothing.)
+:func:`ssm_token` holds the states of 32 channels as one tile ``[BLOCK_N, BLOCK_D]``; :func:`token_of_states` holds each
+state of a thread as a tensor of its own.
+
+Both give the same bits. Kernels that use them are compiled without contraction of ``a * b + c``
+(``enable_fp_fusion=False``): a product is fused into a sum exactly where ``fma`` is written. The sum over states is
+written out, not left to a layout: four states after each other, then the upper half of those sums added to the lower
+until one is left. (Padded states have A = B = C = 0: their state stays zero and adds nothing.)
 """
 
 # mypy: disable-error-code="assignment,misc"
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
 import triton
 import triton.language as tl
 
 from tp_mamba.kernels.common.approximations import ex2, silu, softplus
-from tp_mamba.kernels.common.integers import next_power_of_2
-
-BLOCK_D = 32
-"""Channels a program: one a lane, so that a thread owns all the states it sums."""
-
-
-def launch_shape(n: int) -> dict[str, int | bool]:
-    """Tile and launch options for state size ``n``, the same for the scan and the update."""
-    block_n = max(4, next_power_of_2(n))
-    # 16 states a thread; more would spill. Without fp fusion the two kernels round alike.
-    return {
-        "N": n,
-        "BLOCK_N": block_n,
-        "BLOCK_D": BLOCK_D,
-        "num_warps": max(1, block_n // 16),
-        "enable_fp_fusion": False,
-    }
-
-
-def jit_by_type(kernel: Callable[..., None]) -> Any:
-    """``triton.jit`` for a kernel that is specialized by dtypes and constexprs alone.
-
-    A new length, batch or slot count, or an odd offset into a buffer, then finds the kernel compiled.
-    """
-    runtime = [
-        p.name for p in inspect.signature(kernel).parameters.values() if "constexpr" not in str(p.annotation)
-    ]
-    return triton.jit(kernel, do_not_specialize=runtime)
-
-
-@triton.jit
-def add(x, y):
-    """What a reduction or a scan over threads combines with."""
-    return x + y
 
 
 @triton.jit
@@ -157,9 +122,3 @@ def token_of_states(
     if HAS_Z:
         y = y * silu(z.to(tl.float32))
     return h, y
-
-
-@triton.jit
-def first_saved_row(i_s, first, length, every, VARLEN: tl.constexpr):
-    """The row of ``saved_states`` with the initial state of sequence ``i_s``, which begins at token ``first``."""
-    return first // every + i_s if VARLEN else i_s * ((length - 1) // every + 1)
