@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-Progress = Callable[[str, int, int], None]
-"""``progress(what, done_bytes, total_bytes)``."""
+from tp_mamba.checkpoint.progress import Progress
 
 
 def human_bytes(count: int) -> str:

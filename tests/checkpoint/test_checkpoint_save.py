@@ -17,7 +17,7 @@ from checkpoint_samples import (
 )
 from safetensors import safe_open
 
-from tp_mamba.checkpoint import save
+from tp_mamba.checkpoint import atomic, save
 from tp_mamba.checkpoint.errors import CheckpointError, CheckpointWriteError
 from tp_mamba.checkpoint.replace import replacing
 from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter
@@ -210,7 +210,8 @@ def test_gathering_goes_on_after_a_failed_write(checkpoint, monkeypatch):
     assert len(gathered) == len(tensors)
 
 
-def test_failure_while_putting_in_place(checkpoint, monkeypatch):
+@pytest.mark.parametrize("way", ["exchange", "renames"])
+def test_failure_while_putting_in_place(way, checkpoint, monkeypatch):
     folder, _ = checkpoint()
     before = contents(folder)
     rename = type(folder).rename
@@ -220,7 +221,11 @@ def test_failure_while_putting_in_place(checkpoint, monkeypatch):
             raise OSError(errno.EACCES, "Permission denied")
         return rename(self, target)
 
-    monkeypatch.setattr(type(folder), "rename", fail)
+    if way == "exchange":
+        monkeypatch.setattr(atomic, "exchange", fail)
+    else:
+        monkeypatch.setattr(atomic, "exchange", lambda a, b: False)
+        monkeypatch.setattr(type(folder), "rename", fail)
     with pytest.raises(CheckpointWriteError, match="Permission denied"), replacing(folder) as new:
         (new / "config.json").write_text("{}")
     assert_nothing_changed(folder, before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from torch import nn
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.matching import Entry, Matching, match, read_pieces, verify_tied
 from tp_mamba.checkpoint.names import canonical_name
+from tp_mamba.checkpoint.progress import Progress
 from tp_mamba.checkpoint.sources.base import TensorSource
 from tp_mamba.checkpoint.sources.open import open_source
 from tp_mamba.checkpoint.sources.shards import local_shape
@@ -20,9 +21,6 @@ from tp_mamba.parallel.sharding import Sharded, sharded_parameters
 if TYPE_CHECKING:
     from tp_mamba.mixer import MambaMixer
     from tp_mamba.model import MambaForCausalLM
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what, bytes done, bytes in all)."""
 
 
 def load_model(model: MambaForCausalLM, folder: str | Path, progress: Progress | None = None) -> None:

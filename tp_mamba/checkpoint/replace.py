@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tp_mamba.checkpoint.atomic import put_in_place
 from tp_mamba.checkpoint.errors import CheckpointError, CheckpointWriteError
 from tp_mamba.checkpoint.files import is_checkpoint_file
+from tp_mamba.checkpoint.leftovers import recover, workplace
+from tp_mamba.checkpoint.quoting import shown, shown_path
 
 
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
     """An empty folder beside ``folder`` to write into, which takes its place when the body ends well.
 
-    If anything fails, what stood at ``folder`` stays and the new files are removed.
+    If anything fails, what stood at ``folder`` stays and the new files are removed. After a kill or a power cut it
+    stands there too, or the new one does: what killed writers left beside it is removed, or put back, first.
 
     Raises:
         CheckpointError: something stands at ``folder`` that is not a checkpoint.
@@ -24,15 +26,13 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     """
     target = Path(folder).expanduser().resolve()
     with writing(target):
+        recover(target)
         _check_replaceable(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _sibling(target, "new")
-        try:
-            temporary.mkdir()
-            yield temporary
-            _swap(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with workplace(target) as (new, old):
+            new.mkdir()
+            yield new
+            put_in_place(new, target, old)
 
 
 def refuse_taken(folder: str | Path, origin: str | Path, *, overwrite: bool) -> None:
@@ -45,18 +45,21 @@ def refuse_taken(folder: str | Path, origin: str | Path, *, overwrite: bool) -> 
     """
     target, source = Path(folder).expanduser().resolve(), Path(origin).expanduser()
     with writing(target):
+        recover(target)
         if not target.exists():
             return
         # A folder of links, such as those of the hub's cache, lies where they point.
         files = [item for item in source.iterdir() if item.is_file()] if source.is_dir() else []
         if any(path.resolve().is_relative_to(target) for path in (source, *files)):
             raise CheckpointError(
-                f"{target} holds the checkpoint to be read, which is never written over: choose another folder to write"
+                f"{shown_path(target)} holds the checkpoint to be read, which is never written over: "
+                "choose another folder to write"
             )
         _check_replaceable(target)
         if not overwrite and any(target.iterdir()):
             raise CheckpointError(
-                f"{target} holds a checkpoint already: choose another folder, or pass --overwrite (overwrite=True)"
+                f"{shown_path(target)} holds a checkpoint already: choose another folder, or pass --overwrite "
+                "(overwrite=True)"
             )
 
 
@@ -73,8 +76,8 @@ def writing(folder: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise CheckpointWriteError(
-            f"cannot write {folder} ({error.strerror or error}): nothing was changed there; make room or choose "
-            "another folder"
+            f"cannot write {shown_path(folder)} ({shown(error.strerror or error)}): nothing was changed there; make "
+            "room or choose another folder"
         ) from error
 
 
@@ -82,28 +85,10 @@ def _check_replaceable(target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise CheckpointError(f"{target} is a file: choose a folder to save to")
+        raise CheckpointError(f"{shown_path(target)} is a file: choose a folder to save to")
     for item in sorted(target.iterdir()):
         if not is_checkpoint_file(item.name) or (item.is_dir() and not item.is_symlink()):
             raise CheckpointError(
-                f"{target} holds {item.name}, which is not part of a checkpoint and would be lost: "
+                f"{shown_path(target)} holds {shown(item.name)}, which is not part of a checkpoint and would be lost: "
                 "choose another folder"
             )
-
-
-def _swap(new: Path, target: Path) -> None:
-    if not target.exists():
-        new.rename(target)
-        return
-    old = _sibling(target, "old")
-    target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sibling(target: Path, what: str) -> Path:
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.{what}")

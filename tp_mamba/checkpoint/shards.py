@@ -6,16 +6,15 @@ One process, files only: a slice at a time is in memory, and no bit of any tenso
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import CONFIG, MANIFEST, copy_companions, write_json
-from tp_mamba.checkpoint.load import Progress
 from tp_mamba.checkpoint.location import resolve
 from tp_mamba.checkpoint.matching import Entry, Matching, match, read_pieces, verify_tied
+from tp_mamba.checkpoint.progress import Progress, counter
 from tp_mamba.checkpoint.replace import refuse_taken, replacing
 from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
 from tp_mamba.checkpoint.save import plan_files, write_description
@@ -58,7 +57,7 @@ def shard_checkpoint(
         {name: (dtypes[name], local_shape(entry.split, rank, tp_size)) for name, entry in entries.items()}
         for rank in range(tp_size)
     ]
-    report = _counter(
+    report = counter(
         "writing shards", sum(nbytes(spec) for specs in ranks for spec in specs.values()), progress
     )
     with replacing(out) as new:
@@ -95,7 +94,7 @@ def merge_checkpoint(
         name: (source.dtype(entry.stored_name), entry.split.shape) for name, entry in entries.items()
     }
     files = plan_files(specs)
-    report = _counter("merging", sum(map(nbytes, specs.values())), progress)
+    report = counter("merging", sum(map(nbytes, specs.values())), progress)
     with replacing(out) as new:
         write_description(new, config, _declared(config, source, matching), files, specs, origin)
         for file, names in files.items():
@@ -140,15 +139,3 @@ def _declared(config: MambaConfig, source: TensorSource, matching: Matching) -> 
 def _read_rank(source: TensorSource, entry: Entry, rank: int, n: int) -> torch.Tensor:
     pieces = read_pieces(source, entry.stored_name, entry.split, rank, n)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=entry.split.dim or 0)
-
-
-def _counter(what: str, total: int, progress: Progress | None) -> Callable[[int], None]:
-    done = 0
-
-    def add(nbytes_: int) -> None:
-        nonlocal done
-        done += nbytes_
-        if progress is not None:
-            progress(what, done, total)
-
-    return add
