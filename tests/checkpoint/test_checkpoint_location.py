@@ -4,11 +4,13 @@ import socket
 import time
 
 import pytest
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import IncompleteSnapshotError
 
 from tp_mamba.checkpoint import location
 from tp_mamba.checkpoint.errors import CheckpointError
-from tp_mamba.checkpoint.location import resolve
+from tp_mamba.checkpoint.leftovers import LeftoverWarning
+from tp_mamba.checkpoint.location import fetch, resolve
 
 
 def refuse(name, message, **options):
@@ -102,6 +104,93 @@ def test_offline_says_so(monkeypatch, tmp_path):
         "owner/no-such-model",
         "owner/no-such-model is no folder here .* HF_HUB_OFFLINE is set: unset it, or give a checkpoint folder",
     )
+
+
+class TestEarlierDownload:
+    """What huggingface_hub itself keeps: a snapshot, and (from 1.22) the listing of the whole repository."""
+
+    @pytest.fixture
+    def snapshot(self, monkeypatch, tmp_path):
+        from huggingface_hub import _tree_cache
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        storage, commit = tmp_path / "models--owner--name", "0" * 40
+        snapshot = storage / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (storage / "refs").mkdir()
+        (storage / "refs" / "main").write_text(commit)
+        files = (
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "vocab.json",
+            "merges.txt",
+            "README.md",
+        )
+        entry = _tree_cache.TreeCacheEntry(
+            size=2, blob_id="0" * 40, lfs_sha256=None, lfs_size=None, xet_hash=None
+        )
+        _tree_cache.write_tree_cache(str(storage), commit, dict.fromkeys(files, entry))
+        for name in files[:3]:
+            (snapshot / name).write_text("{}")
+        return snapshot
+
+    def test_without_files_that_nothing_needs(self, snapshot):
+        with pytest.raises(IncompleteSnapshotError):
+            snapshot_download("owner/name", allow_patterns=["vocab.json"])
+        assert resolve("owner/name") == snapshot
+        assert resolve("owner/name", config_only=True) == snapshot
+        assert fetch("owner/name", ("tokenizer.json", "vocab.json"), remedy="") == snapshot
+
+    def test_without_network(self, snapshot, monkeypatch):
+        def fail(*args, **options):
+            raise ConnectionError("no route to host")
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(location, "model_info", fail)
+        assert resolve("owner/name") == snapshot
+        (snapshot / "config.json").unlink()
+        refuse(
+            "owner/name",
+            r"owner/name was downloaded without config\.json or .* and could not be downloaded .*\(no route to host\)",
+        )
+
+    def test_without_what_is_needed(self, snapshot):
+        (snapshot / "model.safetensors").unlink()
+        refuse(
+            "owner/name",
+            r"owner/name was downloaded without model\.safetensors or .*, and HF_HUB_OFFLINE is set",
+        )
+        assert resolve("owner/name", config_only=True) == snapshot
+        (snapshot / "config.json").unlink()
+        refuse("owner/name", r"owner/name was downloaded without config\.json", config_only=True)
+
+    def test_that_cannot_be_read_says_why(self, snapshot, monkeypatch):
+        def fail(*args, **options):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(location, "snapshot_download", fail)
+        refuse("owner/name", "its download cannot be read .*Permission denied.*, and HF_HUB_OFFLINE is set")
+
+
+def test_adapter_on_the_hub_is_noticed(tmp_path, monkeypatch):
+    fake_hub(monkeypatch, tmp_path, [*REPOSITORY, "model.safetensors", "adapter_config.json"])
+    refuse("owner/name", "holds an adapter beside the model", config_only=True)
+    refuse("owner/name", "holds an adapter beside the model")
+
+
+def test_folder_that_a_killed_writer_moved_away(tmp_path):
+    (tmp_path / ".model.0123abcd.old").mkdir()
+    with pytest.warns(LeftoverWarning, match=f"put back {tmp_path / 'model'}"):
+        assert resolve(tmp_path / "model") == tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\x1b[2J", "~nobody-here/x", "\ud800"])
+def test_odd_names(name):
+    with pytest.raises(CheckpointError, match="does not exist: give a checkpoint folder") as refusal:
+        resolve(name)
+    assert str(refusal.value).isprintable()
 
 
 def test_network_failure_is_one_sentence(monkeypatch, tmp_path):

@@ -75,26 +75,6 @@ def test_slices_and_bytes(write, tmp_path):
         assert source.bytes_read == read
 
 
-def test_order_of_layouts(tmp_path):
-    """Per-rank files are tested with the sharder; then safetensors before .bin, an index before a single file."""
-    writers = [write_bin, write_indexed_bin, write_safetensors, write_indexed_safetensors]
-    expected = ["bin", "indexed bin", "safetensors", "indexed safetensors"]
-    for write, name in zip(writers, expected, strict=True):
-        write(tmp_path)
-        marked = {"a": TENSORS["a"], "b": TENSORS["b"], "c": TENSORS["c"], name: torch.ones(1)}
-        if write in (write_bin, write_safetensors):
-            write(tmp_path, marked)
-        elif write is write_indexed_bin:
-            torch.save({"c": marked["c"], name: marked[name]}, tmp_path / "pytorch_model-c.bin")
-            weight_map = {n: f"pytorch_model-{n}.bin" for n in TENSORS} | {name: "pytorch_model-c.bin"}
-            write_index(tmp_path / "pytorch_model.bin.index.json", weight_map)
-        else:
-            save_file({"c": marked["c"], name: marked[name]}, tmp_path / "model-c.safetensors")
-            weight_map = {n: f"model-{n}.safetensors" for n in TENSORS} | {name: "model-c.safetensors"}
-            write_index(tmp_path / "model.safetensors.index.json", weight_map)
-        assert name in open_source(tmp_path).names()
-
-
 def refuse(folder, message):
     with pytest.raises(CheckpointError, match=message) as refusal:
         open_source(folder)
@@ -325,7 +305,9 @@ class TestIndex:
         ("text", "message"),
         [
             ("{", "is not JSON"),
-            ("[]", "has no weight_map"),
+            ("[]", "holds a JSON list, it must be an object"),
+            ("3" * 5000, "is not JSON"),
+            ('{"weight_map": []}', "has no weight_map"),
             ('{"weight_map": {"a": 3}}', "has no weight_map"),
             ('{"weight_map": {}}', "lists no tensors"),
         ],

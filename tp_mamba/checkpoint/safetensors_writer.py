@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from tp_mamba.checkpoint.sources.safetensors import DTYPES
+from tp_mamba.checkpoint.sources.safetensors import CODES
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""
@@ -34,21 +34,24 @@ class SafetensorsWriter:
     A context manager: leaving it flushes the data to the disk, where a full disk is found out.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+    def __init__(
+        self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None
+    ) -> None:
         """Create the file and write its header.
+
+        Args:
+            metadata: what the header says about the file besides ``"format": "pt"``.
 
         Raises:
             OSError: the file cannot be written.
         """
-        codes = {dtype: code for code, dtype in DTYPES.items()}
-        header: dict[str, object] = {
-            "__metadata__": {"format": "pt"}
-        }  # transformers refuses files without it
+        # transformers refuses files that do not name their format.
+        header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         offset = 0
         for name in write_order(specs):
             dtype, shape = specs[name]
             end = offset + nbytes(specs[name])
-            header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)

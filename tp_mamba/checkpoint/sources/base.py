@@ -5,10 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from tp_mamba.checkpoint.errors import CheckpointError
+from tp_mamba.checkpoint.quoting import shown, shown_path
+
+_OF_DIFFERENT: Final = "index and files are of different checkpoints, fetch them again"
 
 
 class TensorSource(ABC):
@@ -66,7 +70,8 @@ def merge_listings(
     for name, path in _pairs(listings):
         if name in holder:
             raise CheckpointError(
-                f"{name} is both in {holder[name]} and in {path.name}: remove one of the two files"
+                f"{shown(name)} is both in {shown_path(holder[name])} and in {shown(path.name)}: remove one of the two "
+                "files"
             )
         holder[name] = path
     if weight_map is None:
@@ -74,13 +79,11 @@ def merge_listings(
     for name, path in weight_map.items():
         if holder.get(name) != path:
             raise CheckpointError(
-                f"the index says that {name} is in {path}, but it is not there: index and files are of different "
-                "checkpoints, fetch them again"
+                f"the index says that {shown(name)} is in {shown_path(path)}, but it is not there: {_OF_DIFFERENT}"
             )
     if extra := sorted(set(holder) - set(weight_map)):
         raise CheckpointError(
-            f"{holder[extra[0]]} holds {extra[0]}, which the index does not list: index and files are of different "
-            "checkpoints, fetch them again"
+            f"{shown_path(holder[extra[0]])} holds {shown(extra[0])}, which the index does not list: {_OF_DIFFERENT}"
         )
     return holder
 

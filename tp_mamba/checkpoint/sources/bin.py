@@ -12,6 +12,7 @@ import torch
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import refuse_lfs_pointer
+from tp_mamba.checkpoint.quoting import quoted, shown, shown_path
 from tp_mamba.checkpoint.sources.base import TensorSource, merge_listings
 from tp_mamba.checkpoint.sources.pickle_globals import foreign_call
 
@@ -60,24 +61,48 @@ class BinSource(TensorSource):
 
 def _open(path: Path) -> dict[str, torch.Tensor]:
     refuse_lfs_pointer(path)
+    size = path.stat().st_size
+    _refuse_compressed(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols that it then refuses
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises nearly any exception type on a damaged file
-        raise CheckpointError(f"{path} {_why_not_loaded(path)}") from error
+        raise CheckpointError(f"{shown_path(path)} {_why_not_loaded(path)}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(
-            f"{path} holds a {type(loaded).__name__}, it must be a dictionary of named tensors: {_SAVE_AGAIN}"
+            f"{shown_path(path)} holds a {type(loaded).__name__}, it must be a dictionary of named tensors: "
+            f"{_SAVE_AGAIN}"
         )
     for name, value in loaded.items():
         plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
         if not isinstance(name, str) or not plain:
             raise CheckpointError(
-                f"{path} holds {name!r} of type {type(value).__name__}, it must hold nothing but named dense "
-                f"tensors: {_SAVE_AGAIN}"
+                f"{shown_path(path)} holds {quoted(name)} of type {type(value).__name__}, it must hold nothing but "
+                f"named dense tensors: {_SAVE_AGAIN}"
+            )
+        if max(value.nbytes, value.untyped_storage().nbytes()) > size:
+            raise CheckpointError(
+                f"{shown_path(path)} of {size} bytes claims that {shown(name)} has shape {quoted(list(value.shape))}, "
+                "more than it can hold: it is damaged, fetch it again"
             )
     return {name: value.detach() for name, value in loaded.items()}
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse a zip file whose members are packed, before they are unpacked to whatever size they claim.
+
+    torch.save packs nothing.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(member.compress_size != member.file_size for member in archive.infolist())
+    except Exception:  # not a zip file, or a damaged one: that is said after torch.load has tried
+        return
+    if packed:
+        raise CheckpointError(
+            f"{shown_path(path)} is a packed zip file, and torch.save packs nothing: unpack the checkpoint out of it"
+        )
 
 
 def _why_not_loaded(path: Path) -> str:

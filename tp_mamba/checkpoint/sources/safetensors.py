@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import refuse_lfs_pointer
+from tp_mamba.checkpoint.quoting import shown, shown_path
 from tp_mamba.checkpoint.sources.base import TensorSource, merge_listings
 
 DTYPES: Final = {
@@ -28,6 +29,9 @@ DTYPES: Final = {
     "BOOL": torch.bool,
 }
 """The names of dtypes in a safetensors header."""
+
+CODES: Final = {dtype: code for code, dtype in DTYPES.items()}
+"""The other way round."""
 
 
 class SafetensorsSource(TensorSource):
@@ -51,10 +55,15 @@ class SafetensorsSource(TensorSource):
         """
         super().__init__()
         opened = {path: _open(path, remedy) for path in files}
+        self._metadata = {path: dict(file.metadata() or {}) for path, file in opened.items()}
         self._holder = merge_listings(
             [(path, list(file.keys())) for path, file in opened.items()], weight_map
         )
         self._slices = {name: opened[path].get_slice(name) for name, path in self._holder.items()}
+
+    def metadata(self, path: Path) -> dict[str, str]:
+        """What the header of the file ``path`` says about it, such as ``{"format": "pt"}``."""
+        return self._metadata[path]
 
     def names(self) -> list[str]:
         return sorted(self._slices)
@@ -66,15 +75,21 @@ class SafetensorsSource(TensorSource):
         stored = self._slices[name].get_dtype()
         if stored not in DTYPES:
             raise CheckpointError(
-                f"{name} in {self._holder[name]} has dtype {stored}, which is not supported: convert it to a "
-                "float dtype"
+                f"{shown(name)} in {shown_path(self._holder[name])} has dtype {shown(stored)}, which is not supported: "
+                "convert it to a float dtype"
             )
         return DTYPES[stored]
 
     def read(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         if start == stop:
             return self._empty(name, dim)
-        tensor = self._slices[name][(slice(None),) * dim + (slice(start, stop),)]
+        try:
+            tensor = self._slices[name][(slice(None),) * dim + (slice(start, stop),)]
+        except Exception as error:  # the file was cut short meanwhile, or its disk fails
+            raise CheckpointError(
+                f"{shown(name)} cannot be read from {shown_path(self._holder[name])} ({shown(error)}): the file has "
+                "changed since it was opened, or its disk fails"
+            ) from error
         self.bytes_read += tensor.nbytes
         return tensor
 
@@ -83,7 +98,7 @@ def _open(path: Path, remedy: str) -> Any:
     refuse_lfs_pointer(path)
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # SafetensorError, OSError, and what a header of odd values may raise besides
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}): it is truncated or damaged, {remedy}"
+            f"{shown_path(path)} is not a whole safetensors file ({shown(error)}): it is truncated or damaged, {remedy}"
         ) from error
