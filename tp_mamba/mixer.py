@@ -44,8 +44,9 @@ from tp_mamba.layers.linear import ColumnParallelLinear, MergedColumnParallelLin
 from tp_mamba.layers.norm import RMSNorm
 from tp_mamba.options import resolve_dtype
 from tp_mamba.parallel.collectives import copy_to_tp
-from tp_mamba.parallel.group import TensorParallel, checked
-from tp_mamba.parallel.sharding import Split, declare
+from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.parallel.module import ShardedModule
+from tp_mamba.parallel.sharding import Shard
 
 
 class MambaState(NamedTuple):
@@ -57,7 +58,7 @@ class MambaState(NamedTuple):
     """``[slots, D/n, N]``"""
 
 
-class MambaMixer(nn.Module):
+class MambaMixer(ShardedModule):
     """``[.., H] -> [.., H]``: in_proj, causal convolution, selective scan, gate, out_proj.
 
     Argument names and attributes are those of vLLM's ``MambaMixer``. Parameters take no gradients: the kernels
@@ -112,14 +113,14 @@ class MambaMixer(nn.Module):
             ValueError: a size out of range, more ranks than channels, an unknown activation or dtype, or an
                 option whose feature is not available.
         """
-        super().__init__()
+        super().__init__(tp, prefix)
+        tp = self.tp
         name = prefix or "MambaMixer"
         _check_sizes(name, H=hidden_size, D=intermediate_size, R=time_step_rank)
         _check_options(name, ssm_state_size, activation, is_lora_enabled, cache_config)
-        self.tp = tp = checked(tp)
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.ssm_state_size, self.conv_kernel_size = ssm_state_size, conv_kernel_size
-        self.time_step_rank, self.activation, self.prefix = time_step_rank, activation, prefix
+        self.time_step_rank, self.activation = time_step_rank, activation
         self.use_rms_norm = use_rms_norm
         asked = dtype or getattr(model_config, "dtype", None) or torch.get_default_dtype()
         self.dtype = resolve_dtype(asked, None, f"{name}: dtype")
@@ -168,35 +169,28 @@ class MambaMixer(nn.Module):
     def _make_ssm_parameters(self, device: torch.device | str | None) -> None:
         """``A [D/n, N]`` and ``D [D/n]``, with the split of the checkpoint's ``A_log`` and ``D``."""
         local, N = self.intermediate_size_local, self.ssm_state_size
+        self.shards["A"] = Shard(shape=(self.intermediate_size, N), dim=0, wide=True, sources=("A_log",))
         # Stored with the channels contiguous, as the states are: the scan then reads both in whole rows.
         self.A = nn.Parameter(torch.empty(N, local, dtype=self.wide_dtype, device=device).t())
         # exp cannot be undone to the bit: the file's own values are kept for saving.
         self.A_log: torch.Tensor
         self.register_buffer("A_log", torch.empty_like(self.A, requires_grad=False), persistent=False)
-        self.D = nn.Parameter(torch.empty(local, dtype=self.wide_dtype, device=device))
-        declare(
-            self.A,
-            Split(shape=(self.intermediate_size, N), dim=0, float32=True, stored_as="A_log"),
-            self.tp,
-            name=f"{self.prefix}.A_log".lstrip("."),
-            load_local=self._load_A_log,
-            read_local=self._read_A_log,
-        )
-        declare(
-            self.D,
-            Split(shape=(self.intermediate_size,), dim=0, float32=True),
-            self.tp,
-            name=f"{self.prefix}.D".lstrip("."),
-        )
+        shard = Shard(shape=(self.intermediate_size,), dim=0, wide=True)
+        self.D = self.add_parameter("D", shard, dtype=self.wide_dtype, device=device)
 
-    def _load_A_log(self, local: torch.Tensor) -> None:
-        """Take this rank's ``A_log`` and set ``A = -exp(A_log)``, both in ``wide_dtype``."""
+    def load_shard(self, name: str, local: torch.Tensor) -> None:
+        """As ShardedModule, but ``A`` from this rank's ``A_log``: ``A = -exp(A_log)``, both in ``wide_dtype``."""
+        if name != "A":
+            super().load_shard(name, local)
+            return
         with torch.no_grad():
             self.A_log.copy_(local)
             self.A.copy_(-torch.exp(self.A_log))
 
-    def _read_A_log(self) -> torch.Tensor:
-        """This rank's ``A_log``: what was loaded, unless ``A`` has been changed since."""
+    def read_shard(self, name: str) -> torch.Tensor:
+        """As ShardedModule, but ``A`` as ``A_log``: what was loaded, unless ``A`` has been changed since."""
+        if name != "A":
+            return super().read_shard(name)
         A = self.A.detach()
         return self.A_log if torch.equal(-torch.exp(self.A_log), A) else torch.log(-A)
 
@@ -206,17 +200,17 @@ class MambaMixer(nn.Module):
         dt starts log-uniform over [1e-3, 0.1] (at least 1e-4) through the softplus, A_log at log(1..N), D at 1.
         Drawn for the full tensors, so the same seed gives the same model at every rank count.
         """
-        initialize(self.dt_proj.weight, uniform(self.time_step_rank**-0.5))
+        initialize(self.dt_proj, "weight", uniform(self.time_step_rank**-0.5))
 
         def draw_dt_bias(full: torch.Tensor) -> None:
             low, high = 1e-3, 1e-1
             dt = (low * (high / low) ** torch.rand_like(full)).clamp_(min=1e-4)
             full.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
-        initialize(self.dt_proj.bias, draw_dt_bias)  # type: ignore[arg-type]
+        initialize(self.dt_proj, "bias", draw_dt_bias)
         states = torch.arange(1, self.ssm_state_size + 1, dtype=torch.float64)
-        initialize(self.A, lambda full: full.copy_(states.log().to(full.device)))
-        initialize(self.D, lambda full: full.fill_(1.0))
+        initialize(self, "A", lambda full: full.copy_(states.log().to(full.device)))
+        initialize(self, "D", lambda full: full.fill_(1.0))
 
     def forward(
         self,

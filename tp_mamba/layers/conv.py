@@ -7,11 +7,12 @@ from torch import nn
 
 from tp_mamba.layers.init import initialize, uniform
 from tp_mamba.layers.linear import check_rank_count
-from tp_mamba.parallel.group import TensorParallel, checked
-from tp_mamba.parallel.sharding import Split, declare
+from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.parallel.module import ShardedModule
+from tp_mamba.parallel.sharding import Shard
 
 
-class ColumnParallelConv1d(nn.Module):
+class ColumnParallelConv1d(ShardedModule):
     """Weights ``[D/n, 1, K]`` and bias ``[D/n]`` of a depthwise convolution; no collective either way.
 
     It holds parameters only: the mixer hands them to ``tp_mamba.kernels.causal_conv1d`` together with its
@@ -34,31 +35,27 @@ class ColumnParallelConv1d(nn.Module):
         Raises:
             ValueError: ``kernel_size`` outside 2..4, or more ranks than channels.
         """
-        super().__init__()
+        super().__init__(tp, prefix)
         name = prefix or "conv1d"
         if not 2 <= kernel_size <= 4:
             raise ValueError(
                 f"{name}: got a convolution width of {kernel_size}, the kernels serve widths 2, 3 and 4"
             )
-        self.tp = checked(tp)
         check_rank_count(channels, self.tp, name)
         self.channels, self.kernel_size = channels, kernel_size
-        split = Split(shape=(channels, 1, kernel_size), dim=0)
-        self.weight = nn.Parameter(torch.empty(split.local_shape(self.tp.size), dtype=dtype, device=device))
-        declare(self.weight, split, self.tp, name=f"{name}.weight")
+        shard = Shard(shape=(channels, 1, kernel_size), dim=0)
+        self.weight = self.add_parameter("weight", shard, dtype=dtype, device=device)
         self.bias: nn.Parameter | None = None
         if bias:
-            split = Split(shape=(channels,), dim=0)
-            self.bias = nn.Parameter(torch.empty(split.local_shape(self.tp.size), dtype=dtype, device=device))
-            declare(self.bias, split, self.tp, name=f"{name}.bias")
+            shard = Shard(shape=(channels,), dim=0)
+            self.bias = self.add_parameter("bias", shard, dtype=dtype, device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The initial values of ``torch.nn.Conv1d``: uniform over ``+-K^-0.5``, weight and bias."""
         draw = uniform(self.kernel_size**-0.5)
-        initialize(self.weight, draw)
-        if self.bias is not None:
-            initialize(self.bias, draw)
+        for name in self.shards:
+            initialize(self, name, draw)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}, bias={self.bias is not None}"

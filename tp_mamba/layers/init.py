@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from torch import nn
+
+from tp_mamba.parallel.module import ShardedModule
 
 _SKIP: ContextVar[bool] = ContextVar("tp_mamba_skip_init", default=False)
 
@@ -30,17 +31,16 @@ def initialization_skipped() -> bool:
     return _SKIP.get()
 
 
-def initialize(param: nn.Parameter, draw: Callable[[torch.Tensor], object]) -> None:
-    """Fill ``param`` with its slice of the full tensor that ``draw`` fills in place (float32 or wider)."""
+def initialize(module: ShardedModule, name: str, draw: Callable[[torch.Tensor], object]) -> None:
+    """Fill parameter ``name`` with its part of the full tensor that ``draw`` fills in place (float32 or wider)."""
+    param = getattr(module, name)
     if _SKIP.get() or param.is_meta:
         return
     full = torch.empty(
-        param.sharded.split.shape,  # type: ignore[attr-defined]
-        dtype=torch.promote_types(param.dtype, torch.float32),
-        device=param.device,
+        module.shards[name].shape, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device
     )
     draw(full)
-    param.weight_loader(param, full)  # type: ignore[attr-defined]
+    module.load_full(name, full)
 
 
 def uniform(bound: float) -> Callable[[torch.Tensor], object]:

@@ -26,7 +26,8 @@ from tp_mamba.kernels.linear.skinny import (
 from tp_mamba.layers.init import initialize, uniform
 from tp_mamba.parallel.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
 from tp_mamba.parallel.group import TensorParallel, checked
-from tp_mamba.parallel.sharding import Split, declare, padded_size
+from tp_mamba.parallel.module import ShardedModule
+from tp_mamba.parallel.sharding import Shard, padded_size
 
 Output = torch.Tensor | tuple[torch.Tensor, nn.Parameter | None]
 
@@ -43,47 +44,39 @@ def check_rank_count(size: int, tp: TensorParallel, what: str) -> None:
         )
 
 
-class ParallelLinear(nn.Module):
+class ParallelLinear(ShardedModule):
     """What column- and row-parallel layers share: the two parameters and their names in messages."""
 
     def __init__(
         self,
         input_size: int,
         output_size: int,
-        weight_split: Split,
-        bias_split: Split | None,
+        weight_shard: Shard,
+        bias_shard: Shard | None,
         *,
-        bias_in_float32: bool,
         tp: TensorParallel | None,
         dtype: torch.dtype | None,
         device: torch.device | str | None,
         prefix: str,
     ) -> None:
-        super().__init__()
+        super().__init__(tp, prefix)
         if input_size < 1 or output_size < 1:
             raise ValueError(
                 f"{prefix or type(self).__name__}: input_size {input_size} and output_size {output_size} "
                 "must both be positive"
             )
-        self.tp = checked(tp)
-        self.input_size, self.output_size, self.prefix = input_size, output_size, prefix
-        dtype = dtype or torch.get_default_dtype()
-        n = self.tp.size
-        self.weight = nn.Parameter(torch.empty(weight_split.local_shape(n), dtype=dtype, device=device))
-        declare(self.weight, weight_split, self.tp, name=f"{prefix}.weight".lstrip("."))
+        self.input_size, self.output_size = input_size, output_size
+        self.weight = self.add_parameter("weight", weight_shard, dtype=dtype, device=device)
         self.bias: nn.Parameter | None = None
-        if bias_split is not None:
-            bias_dtype = torch.promote_types(dtype, torch.float32) if bias_in_float32 else dtype
-            self.bias = nn.Parameter(torch.empty(bias_split.local_shape(n), dtype=bias_dtype, device=device))
-            declare(self.bias, bias_split, self.tp, name=f"{prefix}.bias".lstrip("."))
+        if bias_shard is not None:
+            self.bias = self.add_parameter("bias", bias_shard, dtype=dtype, device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The initial values of ``torch.nn.Linear``: uniform over ``+-in^-0.5``, weight and bias."""
         draw = uniform(self.input_size**-0.5)
-        initialize(self.weight, draw)
-        if self.bias is not None:
-            initialize(self.bias, draw)
+        for name in self.shards:
+            initialize(self, name, draw)
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.output_size}, bias={self.bias is not None}, tp={self.tp.rank}/{self.tp.size}"
@@ -139,12 +132,12 @@ class ColumnParallelLinear(ParallelLinear):
                 "one of its own dtype; set skip_bias_add=True"
             )
         check_rank_count(output_size // parts, tp, prefix or "the output")
+        pieces = (output_size // parts,) * parts
         super().__init__(
             input_size,
             output_size,
-            Split(shape=(output_size, input_size), dim=0, parts=parts),
-            Split(shape=(output_size,), dim=0, parts=parts, float32=bias_in_float32) if bias else None,
-            bias_in_float32=bias_in_float32,
+            Shard(shape=(output_size, input_size), dim=0, pieces=pieces),
+            Shard(shape=(output_size,), dim=0, pieces=pieces, wide=bias_in_float32) if bias else None,
             tp=tp,
             dtype=dtype,
             device=device,
@@ -262,9 +255,8 @@ class RowParallelLinear(ParallelLinear):
         super().__init__(
             input_size,
             output_size,
-            Split(shape=(output_size, input_size), dim=1),
-            Split(shape=(output_size,)) if bias else None,
-            bias_in_float32=False,
+            Shard(shape=(output_size, input_size), dim=1),
+            Shard(shape=(output_size,)) if bias else None,
             tp=tp,
             dtype=dtype,
             device=device,

@@ -7,11 +7,12 @@ from torch import nn
 
 from tp_mamba.kernels.rms_norm import add_rms_norm, rms_norm
 from tp_mamba.layers.init import initialize
-from tp_mamba.parallel.group import TensorParallel, checked
-from tp_mamba.parallel.sharding import Split, declare
+from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.parallel.module import ShardedModule
+from tp_mamba.parallel.sharding import Shard
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(ShardedModule):
     """``x * rsqrt(mean(x^2) + eps) * weight`` over the last dimension (arXiv:1910.07467), float32 inside.
 
     The weight, if any, is whole on every rank and is applied in float32 before the one cast to the output's
@@ -30,18 +31,14 @@ class RMSNorm(nn.Module):
         prefix: str = "",
     ) -> None:
         """A norm over ``hidden_size`` elements; ``has_weight=False`` is FalconMamba's norm of dt, B and C."""
-        super().__init__()
+        super().__init__(tp, prefix)
         self.hidden_size, self.eps = hidden_size, eps
         self.weight: nn.Parameter | None = None
         if has_weight:
-            self.weight = nn.Parameter(torch.empty(hidden_size, dtype=dtype, device=device))
-            declare(
-                self.weight,
-                Split(shape=(hidden_size,)),
-                checked(tp),
-                name=f"{prefix}.weight".lstrip("."),
+            self.weight = self.add_parameter(
+                "weight", Shard(shape=(hidden_size,)), dtype=dtype, device=device
             )
-            initialize(self.weight, lambda full: full.fill_(1.0))
+            initialize(self, "weight", lambda full: full.fill_(1.0))
 
     def forward(self, x: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """``x [..., hidden_size]`` -> the same shape, in ``out_dtype`` (default ``x.dtype``)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,28 +12,35 @@ from tp_mamba.kernels.linear import linear
 from tp_mamba.layers.init import initialize
 from tp_mamba.layers.linear import check_rank_count
 from tp_mamba.parallel.collectives import copy_to_tp, gather_from_tp, reduce_from_tp
-from tp_mamba.parallel.group import TensorParallel, checked
-from tp_mamba.parallel.sharding import Split, declare
+from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.parallel.module import ShardedModule
+from tp_mamba.parallel.sharding import Shard
 
 
-def _vocab_weight(
-    vocab_size: int,
-    hidden_size: int,
-    tp: TensorParallel,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-    name: str,
-) -> nn.Parameter:
+class VocabParallelTable(ShardedModule):
     """Rows ``[V/n, H]`` of a table, V rounded up to a multiple of n, drawn from N(0, 0.02) (GPT-2's value)."""
-    check_rank_count(vocab_size, tp, name)
-    split = Split(shape=(vocab_size, hidden_size), dim=0)
-    weight = nn.Parameter(torch.empty(split.local_shape(tp.size), dtype=dtype, device=device))
-    declare(weight, split, tp, name=f"{name}.weight")
-    initialize(weight, lambda full: full.normal_(std=0.02))
-    return weight
+
+    weight: nn.Parameter
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, tp: TensorParallel | None, prefix: str
+    ) -> None:
+        super().__init__(tp, prefix)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+
+    def add_weight(self, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+        """Hold this rank's rows.
+
+        Raises:
+            ValueError: more ranks than rows.
+        """
+        check_rank_count(self.num_embeddings, self.tp, self.prefix)
+        shard = Shard(shape=(self.num_embeddings, self.embedding_dim), dim=0)
+        self.add_parameter("weight", shard, dtype=dtype, device=device)
+        initialize(self, "weight", lambda full: full.normal_(std=0.02))
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(VocabParallelTable):
     """Embedding table cut by row; forward all-reduce of the looked-up rows, backward no collective.
 
     ``ids [...]`` -> ``[..., H]`` on every rank. A rank looks up the ids of its own rows and gives zeros for
@@ -53,10 +62,8 @@ class VocabParallelEmbedding(nn.Module):
         Raises:
             ValueError: more ranks than rows.
         """
-        super().__init__()
-        self.tp = checked(tp)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.weight = _vocab_weight(num_embeddings, embedding_dim, self.tp, dtype, device, prefix)
+        super().__init__(num_embeddings, embedding_dim, tp, prefix)
+        self.add_weight(dtype, device)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """``ids [...]`` integer, each in ``0..V-1`` (the caller checks) -> ``[..., H]``."""
@@ -73,7 +80,7 @@ class VocabParallelEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, tp={self.tp.rank}/{self.tp.size}"
 
 
-class ParallelLMHead(nn.Module):
+class ParallelLMHead(VocabParallelTable):
     """The output projection cut by vocabulary row; forward all-gather of the logits.
 
     ``h [..., H]`` replicated -> float32 logits ``[..., V]``, whole on every rank and the same bits there:
@@ -97,13 +104,22 @@ class ParallelLMHead(nn.Module):
         Raises:
             ValueError: more ranks than rows.
         """
-        super().__init__()
-        self.tp = checked(tp)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        super().__init__(num_embeddings, embedding_dim, tp, prefix)
+        # Not a child of this module: a tuple hides it from nn.Module.
+        self._tied_to = () if tie_to is None else (tie_to,)
         if tie_to is None:
-            self.weight = _vocab_weight(num_embeddings, embedding_dim, self.tp, dtype, device, prefix)
+            self.add_weight(dtype, device)
         else:
             self.weight = tie_to.weight
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ParallelLMHead:
+        """As ``nn.Module``; where the embedding got a new parameter (``to_empty``), the tie is to that one."""
+        for embedding in self._tied_to:
+            if self.weight is not embedding.weight:
+                self.weight = embedding.weight
+                return self
+        super()._apply(fn, recurse)
+        return self
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """``h [..., H]`` -> float32 (float64 in a float64 model) logits ``[..., V]``."""

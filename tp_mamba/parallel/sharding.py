@@ -1,18 +1,23 @@
-"""How one tensor of a full checkpoint is divided over the tensor-parallel ranks, as a declaration.
+"""How the tensors of a full checkpoint are divided over the tensor-parallel ranks, as a table on each module.
 
-Loader, saver, re-sharder, planner and tests all read the same :class:`Split`; nothing else in the project
+A module that owns parameters has a table ``module.shards``: attribute -> :class:`Shard`. Loader, saver, re-sharder,
+planner, initialisation and tests read that table through :func:`sharded_tensors`; nothing else in the project
 knows how a tensor is cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from tp_mamba.parallel.group import TensorParallel
+
+ReadRows = Callable[[int, int | None, int, int], torch.Tensor]
+"""Rows of one of the file's tensors: ``(source number, dim, start, stop)``; all of it where ``dim`` is None."""
 
 
 def padded_size(size: int, n: int) -> int:
@@ -22,7 +27,7 @@ def padded_size(size: int, n: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A run of rows along the split dimension: ``full[start:stop]`` belongs at ``shard[offset:offset+stop-start]``."""
+    """A run of rows along the cut dimension: ``full[start:stop]`` belongs at ``local[offset:offset+stop-start]``."""
 
     start: int
     stop: int
@@ -30,124 +35,239 @@ class Span:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Split:
-    """Which slice of a full tensor each rank holds.
+class Shard:
+    """Which slice of a full tensor each rank holds, and which tensors of a file the full tensor is made of.
 
-    A full dimension of ``parts`` equal pieces (``in_proj`` has two: x and z) is cut piece by piece: every
-    piece is padded with zeros to a multiple of ``n``, and each rank takes its ``1/n`` of every piece, laid
-    one after the other.
+    The cut dimension consists of pieces (``in_proj`` has two: x and z) that are cut one by one: each piece is padded
+    at its end with zeros to ``n`` equal shares of whole units of ``granularity`` rows, and a rank holds its share of
+    every piece, one after the other.
+
+    Raises:
+        ValueError: ``pieces`` that do not add up to the dimension or are no multiples of ``granularity``, a
+            dimension that does not exist, or sources that do not divide the dimension along which they are joined.
     """
 
     shape: tuple[int, ...]
-    """Shape of the full tensor in a checkpoint, without padding."""
+    """Shape of the full tensor, without padding."""
 
     dim: int | None = None
     """The tensor dimension that is cut; None: every rank holds the whole tensor."""
 
-    parts: int = 1
-    """Independent equal pieces along ``dim``."""
+    pieces: tuple[int, ...] = ()
+    """Sizes of the independent pieces along ``dim``; by default it is one piece."""
 
-    float32: bool = False
+    granularity: int = 1
+    """Rows of a piece that stay together on one rank, such as those of an attention head."""
+
+    wide: bool = False
     """Held in at least float32 whatever the model's dtype (A, D, dt bias: they feed exp and softplus)."""
 
-    stored_as: str | None = None
-    """Name in a checkpoint where it differs from the parameter's (``A_log`` for ``A``)."""
+    sources: tuple[str, ...] = ()
+    """Names of the file's tensors, relative to the module; by default the attribute's own name."""
+
+    join: int = 0
+    """The dimension along which several sources are joined: each is one piece of it where the pieces are along this
+    dimension and as many, else all are of equal size."""
+
+    group: str = "base"
+    """Tensors of one group are loaded together, with none missing and none left over."""
+
+    def __post_init__(self) -> None:
+        rank = len(self.shape)
+        if self.dim is None:
+            if self.pieces or self.granularity != 1:
+                raise ValueError(
+                    f"got pieces {list(self.pieces)} and granularity {self.granularity} for a tensor that is not cut: "
+                    "give the dim along which it is"
+                )
+        else:
+            if not 0 <= self.dim < rank:
+                raise ValueError(f"got dim {self.dim} of a tensor with {rank} dimensions: choose 0 to {rank - 1}")
+            size, unit = self.shape[self.dim], self.granularity
+            object.__setattr__(self, "pieces", tuple(self.pieces) or (size,))
+            if unit < 1 or sum(self.pieces) != size or any(piece < 0 or piece % unit for piece in self.pieces):
+                raise ValueError(
+                    f"got pieces {list(self.pieces)} in units of {unit} for a dimension of size {size}: they must be "
+                    "multiples of the unit and add up to the size"
+                )
+        if len(self.sources) > 1:
+            self.source_shapes()
 
     def local_shape(self, n: int) -> tuple[int, ...]:
-        """Shape of one rank's shard, padding included."""
+        """Shape of one rank's part, padding included."""
         if self.dim is None:
             return self.shape
-        part = padded_size(self.shape[self.dim] // self.parts, n) // n
-        return (*self.shape[: self.dim], self.parts * part, *self.shape[self.dim + 1 :])
+        return (*self.shape[: self.dim], sum(self._local_pieces(n)), *self.shape[self.dim + 1 :])
 
     def spans(self, rank: int, n: int) -> list[Span]:
-        """The rows of the full tensor that ``rank`` holds: one span a part, empty where only padding is left."""
+        """The rows of the full tensor that ``rank`` holds: one span per piece, empty where only padding is left."""
         if self.dim is None:
             raise ValueError("a replicated tensor has no spans: read it whole")
-        part = self.shape[self.dim] // self.parts
-        local = padded_size(part, n) // n
-        first, last = min(rank * local, part), min((rank + 1) * local, part)
-        return [Span(p * part + first, p * part + last, p * local) for p in range(self.parts)]
+        spans, start, offset = [], 0, 0
+        for piece, local in zip(self.pieces, self._local_pieces(n), strict=True):
+            first, last = min(rank * local, piece), min((rank + 1) * local, piece)
+            spans.append(Span(start + first, start + last, offset))
+            start, offset = start + piece, offset + local
+        return spans
 
     def shard(self, full: torch.Tensor, rank: int, n: int) -> torch.Tensor:
         """This rank's part of ``full``, zero-padded to :meth:`local_shape`; a copy, except where replicated."""
         if self.dim is None:
             return full
-        pieces = [full.narrow(self.dim, s.start, s.stop - s.start) for s in self.spans(rank, n)]
-        return self.assemble(pieces, rank, n)
+        rows = [full.narrow(self.dim, s.start, s.stop - s.start) for s in self.spans(rank, n)]
+        return self.assemble(rows, rank, n)
 
-    def assemble(self, pieces: Sequence[torch.Tensor], rank: int, n: int) -> torch.Tensor:
-        """Lay the rows of :meth:`spans`, in that order, into one zero-padded shard."""
+    def assemble(self, rows: Sequence[torch.Tensor], rank: int, n: int) -> torch.Tensor:
+        """Lay the rows of :meth:`spans`, in that order, into one zero-padded part."""
         if self.dim is None:
-            return pieces[0]
-        local = pieces[0].new_zeros(self.local_shape(n))
-        for span, piece in zip(self.spans(rank, n), pieces, strict=True):
+            return rows[0]
+        local = rows[0].new_zeros(self.local_shape(n))
+        for span, piece in zip(self.spans(rank, n), rows, strict=True):
             local.narrow(self.dim, span.offset, span.stop - span.start).copy_(piece)
         return local
 
     def trim(self, local: torch.Tensor, rank: int, n: int) -> list[torch.Tensor]:
-        """The inverse of :meth:`assemble`: views of a shard's real rows, one a part, padding left out."""
+        """The inverse of :meth:`assemble`: views of the real rows, one per piece, padding left out."""
         if self.dim is None:
             return [local]
         return [local.narrow(self.dim, s.offset, s.stop - s.start) for s in self.spans(rank, n)]
 
     def merge(self, locals_: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The full tensor from every rank's shard, in rank order."""
+        """The full tensor from every rank's part, in rank order."""
         if self.dim is None:
             return locals_[0]
         n = len(locals_)
         trimmed = [self.trim(local, rank, n) for rank, local in enumerate(locals_)]
-        return torch.cat([pieces[p] for p in range(self.parts) for pieces in trimmed], dim=self.dim)
+        return torch.cat([rows[p] for p in range(len(self.pieces)) for rows in trimmed], dim=self.dim)
 
+    def replace_piece(self, local: torch.Tensor, piece: int, full: torch.Tensor, rank: int, n: int) -> None:
+        """Overwrite the rows of ``local`` that come of piece number ``piece``, given whole as ``full``."""
+        assert self.dim is not None
+        span, before = self.spans(rank, n)[piece], sum(self.pieces[:piece])
+        rows = full.narrow(self.dim, span.start - before, span.stop - span.start)
+        local.narrow(self.dim, span.offset, span.stop - span.start).copy_(rows)
 
-@dataclass(eq=False, slots=True)
-class Sharded:
-    """What a parameter carries as ``param.sharded``: its split, its rank, and the way in and out of it."""
+    def piece_shape(self, piece: int) -> tuple[int, ...]:
+        """Shape of piece number ``piece`` of the full tensor."""
+        assert self.dim is not None
+        return (*self.shape[: self.dim], self.pieces[piece], *self.shape[self.dim + 1 :])
 
-    split: Split
-    tp: TensorParallel
-    load_local: Callable[[torch.Tensor], None]
-    """Fill the parameter from this rank's shard of the checkpoint's tensor (:meth:`Split.local_shape`)."""
-    read_local: Callable[[], torch.Tensor]
-    """This rank's shard as a checkpoint would hold it (``A_log`` where the parameter is ``A``)."""
-    checkpoint_dtype: torch.dtype | None = field(default=None)
-    """The dtype the tensor had in the file it was loaded from; None before loading."""
+    def source_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the file's tensors, in the order of ``sources``."""
+        if len(self.sources) < 2:
+            return [self.shape]
+        return [(*self.shape[: self.join], size, *self.shape[self.join + 1 :]) for size in self._source_sizes()]
 
+    def split_sources(self, full: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a full tensor: the file's tensors it is made of, in the order of ``sources``."""
+        if len(self.sources) < 2:
+            return [full]
+        return list(full.split(self._source_sizes(), dim=self.join))
 
-def declare(
-    param: nn.Parameter,
-    split: Split,
-    tp: TensorParallel,
-    *,
-    name: str = "parameter",
-    load_local: Callable[[torch.Tensor], None] | None = None,
-    read_local: Callable[[], torch.Tensor] | None = None,
-) -> None:
-    """Attach ``split`` to ``param`` as ``param.sharded``, and ``param.weight_loader(param, loaded_weight)``.
+    def read_spans(self, read: ReadRows, rank: int, n: int) -> list[torch.Tensor]:
+        """What :meth:`assemble` takes, read from the file's tensors; the whole tensor where it is not cut.
 
-    The weight loader takes the full tensor of a checkpoint and keeps this rank's part (vLLM's convention).
-    """
+        Args:
+            read: gives the rows of the file's tensors.
+        """
+        if self.dim is None:
+            return [self._joined([read(i, None, 0, 0) for i in range(len(self.source_shapes()))])]
+        return [self._read_span(read, span.start, span.stop) for span in self.spans(rank, n)]
 
-    def default_load(local: torch.Tensor) -> None:
-        with torch.no_grad():
-            param.copy_(local)
+    def _read_span(self, read: ReadRows, start: int, stop: int) -> torch.Tensor:
+        if len(self.sources) < 2 or self.join != self.dim:
+            return self._joined([read(i, self.dim, start, stop) for i in range(max(1, len(self.sources)))])
+        found, before = [], 0
+        for i, size in enumerate(self._source_sizes()):
+            first, last = max(start, before), min(stop, before + size)
+            if first < last or (start == stop and i == 0):
+                found.append(read(i, self.dim, first - before, last - before) if first < last else read(i, self.dim, 0, 0))
+            before += size
+        return self._joined(found)
 
-    def weight_loader(target: nn.Parameter, loaded_weight: torch.Tensor) -> None:
-        if tuple(loaded_weight.shape) != split.shape:
+    def _joined(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=self.join)
+
+    def _source_sizes(self) -> list[int]:
+        """Size of each source along ``join``."""
+        if self.join == self.dim and len(self.pieces) == len(self.sources):
+            return list(self.pieces)
+        size, count = self.shape[self.join], len(self.sources)
+        if size % count:
             raise ValueError(
-                f"{name}: got a tensor of shape {list(loaded_weight.shape)}, expected the full {list(split.shape)}; "
-                "pass the whole tensor of the checkpoint, the loader takes this rank's part"
+                f"{count} sources cannot be of equal size along dimension {self.join} of size {size}: declare one piece "
+                "per source along it"
             )
-        target.sharded.load_local(split.shard(loaded_weight, tp.rank, tp.size))  # type: ignore[attr-defined]
+        return [size // count] * count
 
-    param.sharded = Sharded(  # type: ignore[attr-defined]
-        split, tp, load_local or default_load, read_local or (lambda: param.detach())
-    )
-    param.weight_loader = weight_loader  # type: ignore[attr-defined]
+    def _local_pieces(self, n: int) -> list[int]:
+        """Rows of each piece that one rank holds, padding included."""
+        unit = self.granularity
+        return [padded_size(piece // unit, n) // n * unit for piece in self.pieces]
 
 
-def sharded_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """``(name in a checkpoint, parameter)`` for every parameter of ``module``; shared ones once."""
-    for name, param in module.named_parameters():
-        stored_as = param.sharded.split.stored_as  # type: ignore[attr-defined]
-        yield (f"{name.rpartition('.')[0]}.{stored_as}".lstrip(".") if stored_as else name), param
+@dataclass(frozen=True, slots=True)
+class ShardedTensor:
+    """One entry of a module's table, with the place of the module in its model."""
+
+    path: str
+    """Name of the module, relative to where the search began, with the prefix given there."""
+    module: Any
+    """A :class:`tp_mamba.parallel.module.ShardedModule`."""
+    attribute: str
+
+    @property
+    def shard(self) -> Shard:
+        return self.module.shards[self.attribute]  # type: ignore[no-any-return]
+
+    @property
+    def param(self) -> torch.Tensor:
+        """What the module holds now under that name."""
+        return getattr(self.module, self.attribute)  # type: ignore[no-any-return]
+
+    @property
+    def tp(self) -> TensorParallel:
+        return self.module.tp  # type: ignore[no-any-return]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the file's tensors that it is made of; usually one."""
+        return tuple(self._named(source) for source in self.shard.sources or (self.attribute,))
+
+    @property
+    def name(self) -> str:
+        """Name in a checkpoint; the attribute's where several tensors of the file are joined."""
+        return self.names[0] if len(self.names) == 1 else self._named(self.attribute)
+
+    def load(self, local: torch.Tensor, file_dtype: torch.dtype | None = None) -> None:
+        """Fill the parameter from this rank's part (:meth:`Shard.local_shape`); remember the file's dtype if given."""
+        self.module.load_shard(self.attribute, local)
+        if file_dtype is not None:
+            self.module.file_dtypes[self.attribute] = file_dtype
+
+    def read(self) -> torch.Tensor:
+        """This rank's part as a checkpoint would hold it."""
+        return self.module.read_shard(self.attribute)  # type: ignore[no-any-return]
+
+    @property
+    def file_dtype(self) -> torch.dtype | None:
+        """The dtype that the tensor had in the file it was loaded from; None before loading."""
+        return self.module.file_dtypes.get(self.attribute)  # type: ignore[no-any-return]
+
+    def _named(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
+
+
+def sharded_tensors(module: nn.Module, prefix: str = "") -> Iterator[ShardedTensor]:
+    """Every entry of every table in ``module`` and below it, in the order of its modules; a shared parameter once.
+
+    Args:
+        prefix: the name of ``module`` itself in a checkpoint.
+    """
+    seen: set[int] = set()
+    for path, owner in module.named_modules(prefix=prefix.rstrip(".")):
+        for attribute in getattr(owner, "shards", ()):
+            tensor = ShardedTensor(path, owner, attribute)
+            if id(tensor.param) not in seen:
+                seen.add(id(tensor.param))
+                yield tensor

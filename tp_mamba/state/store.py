@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tp_mamba.mixer import MambaMixer, MambaState
 from tp_mamba.parallel.group import TensorParallel
-from tp_mamba.parallel.sharding import Split
+from tp_mamba.parallel.sharding import Shard
 
 _FORMAT = "tp-mamba state 1"
 
@@ -48,9 +48,9 @@ class MambaCache:
         # Stored with the channels contiguous, which is how the kernels read and write them.
         self.conv_states = torch.zeros(layers, slots, window, D, dtype=conv_dtype, device=self.device).mT
         self.ssm_states = torch.zeros(layers, slots, N, D, dtype=ssm_dtype, device=self.device).mT
-        self._splits = {
-            "conv_state": Split(shape=(layers, first.intermediate_size, window), dim=1),
-            "ssm_state": Split(shape=(layers, first.intermediate_size, N), dim=1),
+        self._shards = {
+            "conv_state": Shard(shape=(layers, first.intermediate_size, window), dim=1),
+            "ssm_state": Shard(shape=(layers, first.intermediate_size, N), dim=1),
         }
         self._free = list(range(slots))  # a heap: the lowest free number is handed out first
         self._used: set[int] = set()
@@ -143,7 +143,7 @@ class MambaCache:
 
     def _gather(self, name: str, local: torch.Tensor) -> torch.Tensor:
         gathered = self.tp.all_gather(local.contiguous(), dim=1)
-        return self._splits[name].merge(gathered.chunk(self.tp.size, dim=1)).cpu().contiguous()
+        return self._shards[name].merge(gathered.chunk(self.tp.size, dim=1)).cpu().contiguous()
 
     def _read(self, path: Path) -> dict[str, torch.Tensor]:
         try:
@@ -153,22 +153,22 @@ class MambaCache:
                     raise ValueError(
                         f"{path} is not a state saved by MambaCache.save: pass a file that it wrote"
                     )
-                return {name: self._read_one(file, path, name) for name in self._splits}
+                return {name: self._read_one(file, path, name) for name in self._shards}
         except (OSError, SafetensorError) as failure:
             raise ValueError(
                 f"the state file {path} cannot be read ({failure}): it is missing or damaged, save it again"
             ) from failure
 
     def _read_one(self, file: safe_open, path: Path, name: str) -> torch.Tensor:
-        split, held = self._splits[name], self.conv_states if name == "conv_state" else self.ssm_states
-        if name not in file.keys() or tuple(file.get_slice(name).get_shape()) != split.shape:  # noqa: SIM118
+        shard, held = self._shards[name], self.conv_states if name == "conv_state" else self.ssm_states
+        if name not in file.keys() or tuple(file.get_slice(name).get_shape()) != shard.shape:  # noqa: SIM118
             found = file.get_slice(name).get_shape() if name in file.keys() else "nothing"  # noqa: SIM118
             raise ValueError(
-                f"{path}: {name} holds {found}, this model's state is {list(split.shape)}: load one of the same model"
+                f"{path}: {name} holds {found}, this model's state is {list(shard.shape)}: load one of the same model"
             )
-        spans = split.spans(self.tp.rank, self.tp.size)
+        spans = shard.spans(self.tp.rank, self.tp.size)
         view = file.get_slice(name)
-        local = split.assemble([view[:, s.start : s.stop] for s in spans], self.tp.rank, self.tp.size)
+        local = shard.assemble([view[:, s.start : s.stop] for s in spans], self.tp.rank, self.tp.size)
         if not local.dtype.is_floating_point or torch.promote_types(local.dtype, held.dtype) != held.dtype:
             raise ValueError(
                 f"{path}: {name} is {local.dtype}, this cache keeps {held.dtype}, which would lose precision: make the "
