@@ -150,16 +150,16 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
 
 def describe(model: MambaForCausalLM) -> dict[str, Any]:
     """What runs where: ranks, backend, device, dtype, parameters of the whole model, bytes on each rank."""
-    from tp_mamba.parallel.sharding import sharded_parameters
+    from tp_mamba.parallel.sharding import sharded_tensors
 
-    parameters = [param for _, param in sharded_parameters(model)]
+    tensors = list(sharded_tensors(model))
     return {
         "ranks": model.tp.size,
         "backend": model.tp.backend,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": sum(math.prod(param.sharded.split.shape) for param in parameters),  # type: ignore[attr-defined, misc]
-        "bytes_per_rank": model.tp.all_gather_object(sum(param.nbytes for param in parameters)),
+        "parameters": sum(math.prod(tensor.shard.shape) for tensor in tensors),
+        "bytes_per_rank": model.tp.all_gather_object(sum(tensor.param.nbytes for tensor in tensors)),
     }
 
 

@@ -18,12 +18,11 @@ from tp_mamba.launch.console import facts, human_bytes, print_json, show
 from tp_mamba.launch.published import PUBLISHED, Sizes
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from tp_mamba.checkpoint.matching import Comparison
     from tp_mamba.checkpoint.sources.open import TensorSource
     from tp_mamba.config import MambaConfig
     from tp_mamba.parallel.group import TensorParallel
+    from tp_mamba.parallel.sharding import ShardedTensor
 
 USES_RANKS = False
 HELP = "show what a checkpoint is: family, sizes, dtype, files, and whether every tensor is there"
@@ -69,8 +68,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
 
     config = MambaConfig.from_pretrained(folder)
     source = open_source(folder)
-    parameters = expected_parameters(config)
-    comparison = compare(parameters, source)
+    expected = expected_tensors(config)
+    comparison = compare(expected, source)
     refusal = comparison.refusal or _tied_refusal(source, comparison)
     sizes = Sizes(*(getattr(config, name) for name in Sizes._fields))
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
@@ -81,7 +80,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "layout": _layout(folder),
         "sizes": sizes._asdict(),
         "tied": config.tie_word_embeddings,
-        "parameters": sum(math.prod(param.sharded.split.shape) for param in parameters.values()),  # type: ignore[attr-defined, misc]
+        "parameters": sum(math.prod(tensor.shard.shape) for tensor in expected),
         "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch."),
         "stored_dtypes": dict(dtypes),
         "files": {path.name: path.stat().st_size for path in files},
@@ -93,12 +92,12 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     }
 
 
-def expected_parameters(config: MambaConfig) -> dict[str, nn.Parameter]:
-    """Name to parameter of everything a model of ``config`` is made of, by a model without memory."""
+def expected_tensors(config: MambaConfig) -> list[ShardedTensor]:
+    """Every tensor that a model of ``config`` is made of, by a model without memory."""
     from tp_mamba.model import MambaForCausalLM
-    from tp_mamba.parallel.sharding import sharded_parameters
+    from tp_mamba.parallel.sharding import sharded_tensors
 
-    return dict(sharded_parameters(MambaForCausalLM(config, device="meta")))
+    return list(sharded_tensors(MambaForCausalLM(config, device="meta")))
 
 
 def _tied_refusal(source: TensorSource, comparison: Comparison) -> str | None:

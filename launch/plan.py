@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from tp_mamba.model import MambaForCausalLM
     from tp_mamba.parallel.group import TensorParallel
-    from tp_mamba.parallel.sharding import Split
+    from tp_mamba.parallel.sharding import Shard
 
 USES_RANKS = False
 HELP = "show, without loading weights, what each rank would hold, keep for a sequence and send for a token"
@@ -68,33 +68,34 @@ class Row:
 
 def rows_of(model: MambaForCausalLM, n: int) -> list[Row]:
     """One row for every parameter of a (meta) model of ``n`` ranks."""
-    from tp_mamba.parallel.sharding import sharded_parameters
+    from tp_mamba.parallel.sharding import sharded_tensors
 
     rows = []
-    for name, param in sharded_parameters(model):
-        split: Split = param.sharded.split  # type: ignore[attr-defined]
-        local = split.local_shape(n)
-        size = param.element_size()
-        full_bytes = math.prod(split.shape) * size
+    for tensor in sharded_tensors(model):
+        shard, dtype = tensor.shard, tensor.param.dtype
+        local = shard.local_shape(n)
+        size = dtype.itemsize
+        full_bytes = math.prod(shard.shape) * size
         local_bytes = math.prod(local) * size
         rows.append(
             Row(
-                name,
-                split.shape,
+                tensor.name,
+                shard.shape,
                 local,
-                _describe(split),
-                str(param.dtype).removeprefix("torch."),
+                _describe(shard),
+                str(dtype).removeprefix("torch."),
                 local_bytes,
-                0 if split.dim is None else n * local_bytes - full_bytes,
+                0 if shard.dim is None else n * local_bytes - full_bytes,
             )
         )
     return rows
 
 
-def _describe(split: Split) -> str:
-    if split.dim is None:
+def _describe(shard: Shard) -> str:
+    if shard.dim is None:
         return "replicated"
-    return f"dim {split.dim}" + (f", {split.parts} parts" if split.parts > 1 else "")
+    pieces = len(shard.pieces)
+    return f"dim {shard.dim}" + (f", {pieces} parts" if pieces > 1 else "")
 
 
 def collapse(rows: list[Row]) -> list[Row]:

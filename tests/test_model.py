@@ -100,22 +100,21 @@ def test_float32_is_as_close_to_float64_as_float32_allows(tmp_path: Path) -> Non
 
 
 def test_a_new_model_is_the_same_at_every_rank_count(model: MambaForCausalLM) -> None:
-    from tp_mamba.parallel.sharding import sharded_parameters
+    from tp_mamba.parallel.sharding import sharded_tensors
 
     parts = []
     for rank in range(3):
         torch.manual_seed(0)
         parts.append(
-            dict(
-                sharded_parameters(
+            list(
+                sharded_tensors(
                     MambaForCausalLM(model.config, TensorParallel.virtual(rank, 3), torch.float32)
                 )
             )
         )
-    for name, param in sharded_parameters(model):
-        split = param.sharded.split
-        merged = split.merge([part[name].sharded.read_local() for part in parts])
-        assert torch.equal(merged, param.sharded.read_local()), name
+    for tensor, *shares in zip(sharded_tensors(model), *parts, strict=True):
+        merged = tensor.shard.merge([share.read() for share in shares])
+        assert torch.equal(merged, tensor.read()), tensor.name
 
 
 def test_a_gradient_is_refused_not_cut(model: MambaForCausalLM) -> None:

@@ -12,7 +12,7 @@ from tp_mamba.checkpoint.load import load_rank
 from tp_mamba.config import MambaConfig
 from tp_mamba.model import MambaForCausalLM
 from tp_mamba.parallel.group import TensorParallel
-from tp_mamba.parallel.sharding import sharded_parameters
+from tp_mamba.parallel.sharding import sharded_tensors
 
 # Odd on purpose: D = 30 and V = 97 divide by none of 4, 7, 8; R and N are odd; K is not 4.
 ODD = {"hidden_size": 20, "intermediate_size": 30, "num_hidden_layers": 2, "state_size": 5, "conv_kernel": 3}
@@ -30,8 +30,8 @@ def random_tensors(
     generator = torch.Generator().manual_seed(seed)
     model = MambaForCausalLM(config, device="meta")
     return {
-        name: (torch.randn(param.sharded.split.shape, generator=generator) * 0.3).to(dtype or config.dtype)
-        for name, param in sharded_parameters(model)
+        tensor.name: (torch.randn(tensor.shard.shape, generator=generator) * 0.3).to(dtype or config.dtype)
+        for tensor in sharded_tensors(model)
     }
 
 
@@ -90,10 +90,10 @@ def load_ranks(
 
 def merged(models: list[MambaForCausalLM]) -> dict[str, torch.Tensor]:
     """The full tensors, as a checkpoint would hold them, from every rank's model."""
-    ranks = [dict(sharded_parameters(model)) for model in models]
+    ranks = [list(sharded_tensors(model)) for model in models]
     return {
-        name: param.sharded.split.merge([rank[name].sharded.read_local() for rank in ranks])
-        for name, param in ranks[0].items()
+        parts[0].name: parts[0].shard.merge([part.read() for part in parts])
+        for parts in zip(*ranks, strict=True)
     }
 
 

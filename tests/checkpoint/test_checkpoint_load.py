@@ -24,7 +24,7 @@ from tp_mamba.checkpoint.sources.open import open_source
 from tp_mamba.config import MambaConfig
 from tp_mamba.model import MambaForCausalLM, build_mixer
 from tp_mamba.parallel.group import TensorParallel
-from tp_mamba.parallel.sharding import sharded_parameters
+from tp_mamba.parallel.sharding import sharded_tensors
 
 UNTIED = {"tie_word_embeddings": False, "use_bias": True}
 
@@ -38,9 +38,9 @@ def test_every_rank_gets_its_bits(write, options, n, tmp_path):
     models, _ = load_ranks(write(tmp_path, config, tensors), n)
     assert_same_bits(merged(models), tensors)
     for rank, model in enumerate(models):
-        for name, param in sharded_parameters(model):
-            local = param.sharded.split.shard(tensors[name], rank, n)
-            assert torch.equal(param.sharded.read_local(), local), name  # padding is zero, too
+        for tensor in sharded_tensors(model):
+            local = tensor.shard.shard(tensors[tensor.name], rank, n)
+            assert torch.equal(tensor.read(), local), tensor.name  # padding is zero, too
 
 
 @pytest.mark.parametrize("n", [1, 4])
@@ -64,7 +64,7 @@ def test_bytes_read_at_four_ranks(tie, tmp_path):
     config = odd_config(hidden_size=64, intermediate_size=128, vocab_size=400, tie_word_embeddings=tie)
     tensors = random_tensors(config)
     models, read = load_ranks(write_indexed(tmp_path, config, tensors), 4)
-    splits = {name: param.sharded.split for name, param in sharded_parameters(models[0])}
+    splits = {tensor.name: tensor.shard for tensor in sharded_tensors(models[0])}
     share = sum(t.nbytes / 4 if splits[name].dim is not None else t.nbytes for name, t in tensors.items())
     assert share < 0.3 * sum(t.nbytes for t in tensors.values())
     for bytes_read in read:
@@ -90,7 +90,7 @@ def test_checkpoint_dtype_is_remembered(tmp_path):
     (model,), _ = load_ranks(
         write_checkpoint(tmp_path, config, random_tensors(config)), 1, dtype=torch.float32
     )
-    assert {param.sharded.checkpoint_dtype for _, param in sharded_parameters(model)} == {torch.bfloat16}
+    assert {tensor.file_dtype for tensor in sharded_tensors(model)} == {torch.bfloat16}
 
 
 def test_float64_model(tmp_path):
@@ -196,7 +196,7 @@ def test_every_difference_is_reported(damaged):
     }
     folder = damaged(changes)
     model = MambaForCausalLM(MambaConfig.from_pretrained(folder), device="meta")
-    comparison = compare(dict(sharded_parameters(model)), open_source(folder))
+    comparison = compare(sharded_tensors(model), open_source(folder))
     assert comparison.duplicate == [("backbone.norm_f.weight", "model.norm_f.weight")]
     assert set(comparison.missing) == {f"{MIXER}.D", f"{MIXER}.A_log"}
     assert comparison.unknown == [f"{MIXER}.gate"]
@@ -209,7 +209,7 @@ def test_every_difference_is_reported(damaged):
 def test_nothing_differs(damaged):
     folder = damaged({})
     model = MambaForCausalLM(MambaConfig.from_pretrained(folder), device="meta")
-    comparison = compare(dict(sharded_parameters(model)), open_source(folder))
+    comparison = compare(sharded_tensors(model), open_source(folder))
     assert comparison.refusal is None
     assert not any(getattr(comparison, kind) for kind in ("duplicate", "missing", "unknown", "misshapen"))
     assert not comparison.wrong_dtype
@@ -258,15 +258,15 @@ class TestMixer:
         for rank in range(n):
             mixer = build_mixer(config, tp=TensorParallel.virtual(rank, n), dtype=torch.float32)
             load_mixer_rank(mixer, tmp_path, prefix)
-            for name, param in sharded_parameters(mixer):
-                full = tensors[f"backbone.layers.1.mixer.{name}"]
-                assert torch.equal(param.sharded.read_local(), param.sharded.split.shard(full, rank, n)), name
+            for tensor in sharded_tensors(mixer):
+                full = tensors[f"backbone.layers.1.mixer.{tensor.name}"]
+                assert torch.equal(tensor.read(), tensor.shard.shard(full, rank, n)), tensor.name
 
     @pytest.fixture
     def jamba(self, tmp_path):
         config = odd_config(model_type="jamba", mixer_norm="weighted", intermediate_size=40)
         mixer = build_mixer(config, dtype=torch.float32)
-        shapes = {name: param.sharded.split.shape for name, param in sharded_parameters(mixer)}
+        shapes = {tensor.name: tensor.shard.shape for tensor in sharded_tensors(mixer)}
         assert {"dt_layernorm.weight", "b_layernorm.weight", "c_layernorm.weight"} <= set(shapes)
         tensors = {f"model.layers.3.mamba.{name}": torch.randn(shape) for name, shape in shapes.items()}
         others = {
@@ -279,8 +279,9 @@ class TestMixer:
     def test_jamba(self, jamba, tmp_path):
         _, mixer, tensors = jamba
         load_mixer(mixer, tmp_path, "model.layers.3.mamba")
-        for name, param in sharded_parameters(mixer):
-            assert torch.equal(param.sharded.read_local(), tensors[f"model.layers.3.mamba.{name}"]), name
+        for tensor in sharded_tensors(mixer):
+            full = tensors[f"model.layers.3.mamba.{tensor.name}"]
+            assert torch.equal(tensor.read(), full), tensor.name
 
     def test_nothing_under_the_prefix(self, jamba, tmp_path):
         with pytest.raises(CheckpointError, match=r"holds no tensor under model\.layers\.4\.mamba"):

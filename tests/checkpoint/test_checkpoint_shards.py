@@ -274,6 +274,9 @@ class TestTarget:
         assert MambaConfig.from_pretrained(tmp_path / "empty") == MambaConfig.from_pretrained(origin[0])
 
 
+ENTRY = {"dim": 0, "pieces": [2], "granularity": 1, "dtype": "F32"}
+
+
 class TestDamagedShards:
     @pytest.fixture
     def shards(self, origin, tmp_path):
@@ -320,25 +323,25 @@ class TestDamagedShards:
         ("change", "message"),
         [
             (lambda m: "{", "is not JSON"),
-            (lambda m: [], "is not a tp_mamba_shards manifest of version 1"),
-            (lambda m: m | {"version": 2}, "is not a tp_mamba_shards manifest of version 1"),
+            (lambda m: [], "is not a tp_mamba_shards manifest of version 2"),
+            (lambda m: m | {"version": 3}, "is not a tp_mamba_shards manifest of version 2"),
             (lambda m: m | {"tp_size": 0}, "is damaged"),
             (lambda m: m | {"tp_size": "2"}, "is damaged"),
             (lambda m: m | {"tensors": {"a": {"shape": [2], "dim": 0}}}, "is damaged"),
             (
-                lambda m: m | {"tensors": {"a": {"shape": [3], "dim": 0, "parts": 2, "dtype": "F32"}}},
+                lambda m: m | {"tensors": {"a": ENTRY | {"shape": [3], "pieces": [1, 1]}}},
                 "is damaged",
             ),
             (
-                lambda m: m | {"tensors": {"a": {"shape": [3], "dim": 0, "parts": 0, "dtype": "F32"}}},
+                lambda m: m | {"tensors": {"a": ENTRY | {"shape": [3], "granularity": 0}}},
                 "is damaged",
             ),
             (
-                lambda m: m | {"tensors": {"a": {"shape": [2], "dim": 1, "parts": 1, "dtype": "F32"}}},
+                lambda m: m | {"tensors": {"a": ENTRY | {"shape": [2], "dim": 1}}},
                 "is damaged",
             ),
             (
-                lambda m: m | {"tensors": {"a": {"shape": [2], "dim": 0, "parts": 1, "dtype": "X"}}},
+                lambda m: m | {"tensors": {"a": ENTRY | {"shape": [2], "dtype": "X"}}},
                 "is damaged",
             ),
         ],

@@ -11,7 +11,7 @@ import torch
 
 from tp_mamba.mixer import MambaMixer
 from tp_mamba.parallel.group import TensorParallel
-from tp_mamba.parallel.sharding import Split
+from tp_mamba.parallel.sharding import Shard
 
 T, D = 5, 14
 
@@ -21,7 +21,7 @@ def _gradients(tp: TensorParallel) -> dict[str, torch.Tensor]:
     mixer = MambaMixer(6, 4, 3, D, 3, True, False, False, tp=tp, dtype=torch.float64)
     mixer.x_proj.weight.requires_grad_()
     mixer.dt_proj.weight.requires_grad_()
-    channels = Split(shape=(T, D), dim=1)
+    channels = Shard(shape=(T, D), dim=1)
     u, dy = (channels.shard(torch.randn(T, D, dtype=torch.float64), tp.rank, tp.size) for _ in range(2))
     u.requires_grad_()
     dt, B, C = mixer._project_time_steps(u)
@@ -36,9 +36,9 @@ def test_gradients_of_dt_b_and_c_are_whole(ranks, n: int) -> None:
     parts = ranks(n).run(_gradients)
     mixer = MambaMixer(6, 4, 3, D, 3, True, False, False)
     splits = {
-        "u": Split(shape=(T, D), dim=1),
-        "x_proj": mixer.x_proj.weight.sharded.split,
-        "dt_proj": mixer.dt_proj.weight.sharded.split,
+        "u": Shard(shape=(T, D), dim=1),
+        "x_proj": mixer.x_proj.shards["weight"],
+        "dt_proj": mixer.dt_proj.shards["weight"],
     }
     for name, split in splits.items():
         merged = split.merge([part[name] for part in parts])
@@ -50,7 +50,7 @@ def test_gradients_of_dt_b_and_c_are_whole(ranks, n: int) -> None:
 def _bfloat16_time_steps(tp: TensorParallel) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(1)
     mixer = MambaMixer(6, 4, 3, 64, 3, True, False, False, tp=tp, dtype=torch.bfloat16)
-    u = Split(shape=(T, 64), dim=1).shard(torch.randn(T, 64).bfloat16(), tp.rank, tp.size)
+    u = Shard(shape=(T, 64), dim=1).shard(torch.randn(T, 64).bfloat16(), tp.rank, tp.size)
     return mixer._project_time_steps(u)
 
 

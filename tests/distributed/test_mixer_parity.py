@@ -15,7 +15,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer as HFMambaMixer
 
 from tp_mamba.mixer import MambaMixer
 from tp_mamba.parallel.group import TensorParallel
-from tp_mamba.parallel.sharding import sharded_parameters
+from tp_mamba.parallel.sharding import sharded_tensors
 
 
 def _jamba() -> tuple[nn.Module, dict[str, Any]]:
@@ -63,8 +63,8 @@ def _run_mixer(
     use_norm, has_weight, eps = description["norm"]
     mixer = MambaMixer(*description["sizes"], use_norm, has_weight, eps, tp=tp, dtype=h.dtype)
     left = dict(weights)
-    for name, param in sharded_parameters(mixer):
-        param.weight_loader(param, left.pop(name))
+    for tensor in sharded_tensors(mixer):
+        tensor.param.weight_loader(tensor.param, left.pop(tensor.name))
     assert not left, f"the mixer has no place for {sorted(left)}"
     return mixer(h)
 

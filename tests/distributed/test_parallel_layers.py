@@ -16,7 +16,7 @@ from torch import nn
 from tp_mamba.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from tp_mamba.layers.vocab import ParallelLMHead, VocabParallelEmbedding
 from tp_mamba.parallel.group import TensorParallel
-from tp_mamba.parallel.sharding import Split
+from tp_mamba.parallel.sharding import Shard
 
 IN, OUT, ROWS = 10, 14, 5
 
@@ -35,8 +35,8 @@ def _reference(full: dict[str, torch.Tensor], bias: bool) -> dict[str, torch.Ten
     return {**found, "dbias": b.grad} if bias else found
 
 
-def _output_split(kind: str) -> Split:
-    return Split(shape=(ROWS, OUT), dim=1, parts=2 if kind == "merged" else 1)
+def _output_split(kind: str) -> Shard:
+    return Shard(shape=(ROWS, OUT), dim=1, pieces=(OUT // 2,) * 2 if kind == "merged" else ())
 
 
 def _run_linear(tp: TensorParallel, kind: str, bias: bool, whole: bool) -> dict[str, torch.Tensor]:
@@ -59,7 +59,7 @@ def _run_linear(tp: TensorParallel, kind: str, bias: bool, whole: bool) -> dict[
         layer.bias.weight_loader(layer.bias, full["bias"])
     x, dy = full["x"], full["dy"]
     if kind == "row" and not whole:
-        x = Split(shape=(ROWS, IN), dim=1).shard(x, tp.rank, tp.size)
+        x = Shard(shape=(ROWS, IN), dim=1).shard(x, tp.rank, tp.size)
     x = x.clone().requires_grad_()
     y = layer(x)
     if kind != "row" and not whole:
@@ -81,10 +81,10 @@ def test_linear(ranks, kind: str, whole: bool, bias: bool, n: int) -> None:
         "merged": lambda: MergedColumnParallelLinear(IN, [OUT // 2] * 2, bias),
         "row": lambda: RowParallelLinear(IN, OUT, bias),
     }[kind]()
-    merge = layer.weight.sharded.split.merge
+    merge = layer.shards["weight"].merge
     got = {"dweight": merge([r["dweight"] for r in results])}
     if bias:
-        got["dbias"] = layer.bias.sharded.split.merge([r["dbias"] for r in results])
+        got["dbias"] = layer.shards["bias"].merge([r["dbias"] for r in results])
     if kind == "row" and not whole:
         got["dx"] = torch.cat([r["dx"] for r in results], -1)[:, :IN]
     if kind != "row" and not whole:
@@ -110,7 +110,7 @@ def _run_options(tp: TensorParallel) -> dict[str, Any]:
     y, bias = column(full["x"].bfloat16())
     row = RowParallelLinear(IN, OUT, skip_bias_add=True, reduce_results=False, tp=tp, dtype=torch.float64)
     row.weight.weight_loader(row.weight, full["weight"])
-    x = Split(shape=(ROWS, IN), dim=1).shard(full["x"], tp.rank, tp.size)
+    x = Shard(shape=(ROWS, IN), dim=1).shard(full["x"], tp.rank, tp.size)
     partial, row_bias = row(x)
     wide = RowParallelLinear(IN, OUT, bias=False, reduce_in_float32=True, tp=tp, dtype=torch.bfloat16)
     return {
@@ -125,7 +125,7 @@ def _run_options(tp: TensorParallel) -> dict[str, Any]:
 def test_parts_left_to_the_caller(ranks) -> None:
     full = _full()
     results = ranks(3).run(_run_options)
-    split = ColumnParallelLinear(IN, OUT).bias.sharded.split
+    split = ColumnParallelLinear(IN, OUT).shards["bias"]
     assert torch.equal(split.merge([r["bias"] for r in results]), full["bias"].float())
     torch.testing.assert_close(
         sum(r["partial"] for r in results), full["x"] @ full["weight"].t(), rtol=1e-12, atol=1e-12
@@ -166,7 +166,7 @@ def test_embedding_and_head(ranks, tied: bool, n: int) -> None:
     logits.backward(torch.randn(*logits.shape, generator=generator, dtype=torch.float64))
 
     results = ranks(n).run(_run_vocab, tied)
-    split = VocabParallelEmbedding(V, H).weight.sharded.split
+    split = VocabParallelEmbedding(V, H).shards["weight"]
     for result in results:
         assert torch.equal(result["h"], h.detach())
         torch.testing.assert_close(result["logits"], logits.detach(), rtol=1e-12, atol=1e-12)
@@ -192,9 +192,9 @@ def _initial_values(tp: TensorParallel) -> list[torch.Tensor]:
 def test_the_same_seed_gives_the_same_model_at_every_rank_count(ranks) -> None:
     whole = _initial_values(TensorParallel())
     splits = [
-        p.sharded.split
+        shard
         for layer in (MergedColumnParallelLinear(IN, [7, 7]), RowParallelLinear(IN, OUT))
-        for p in layer.parameters()
+        for shard in layer.shards.values()
     ]
     parts = ranks(3).run(_initial_values)
     for i, split in enumerate(splits):
@@ -239,7 +239,7 @@ def _float32_sum(tp: TensorParallel) -> torch.Tensor:
     weight, x = torch.randn(OUT, 64).bfloat16(), torch.randn(ROWS, 64).bfloat16()
     layer = RowParallelLinear(64, OUT, bias=False, reduce_in_float32=True, tp=tp, dtype=torch.bfloat16)
     layer.weight.weight_loader(layer.weight, weight)
-    return layer(Split(shape=(ROWS, 64), dim=1).shard(x, tp.rank, tp.size)).detach()
+    return layer(Shard(shape=(ROWS, 64), dim=1).shard(x, tp.rank, tp.size)).detach()
 
 
 @pytest.mark.parametrize("n", [1, 3])

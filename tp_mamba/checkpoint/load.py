@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from tp_mamba.checkpoint.errors import CheckpointError
-from tp_mamba.checkpoint.matching import Entry, Matching, match, read_pieces, verify_tied
+from tp_mamba.checkpoint.matching import Entry, Matching, match, verify_tied
 from tp_mamba.checkpoint.names import canonical_name
 from tp_mamba.checkpoint.progress import Progress
 from tp_mamba.checkpoint.sources.base import TensorSource
 from tp_mamba.checkpoint.sources.open import open_source
 from tp_mamba.checkpoint.sources.shards import local_shape
-from tp_mamba.parallel.sharding import Sharded, sharded_parameters
+from tp_mamba.parallel.sharding import ShardedTensor, sharded_tensors
 
 if TYPE_CHECKING:
     from tp_mamba.mixer import MambaMixer
@@ -43,7 +41,7 @@ def load_rank(model: MambaForCausalLM, folder: str | Path, progress: Progress | 
         what was read from, whose ``bytes_read`` says how much that was.
     """
     source = open_source(folder, rank=model.tp.rank, size=model.tp.size)
-    _fill(dict(sharded_parameters(model)), source, None, progress)
+    _fill(sharded_tensors(model), source, None, progress)
     return source
 
 
@@ -70,41 +68,33 @@ def load_mixer_rank(mixer: MambaMixer, folder: str | Path, prefix: str) -> Tenso
         raise CheckpointError(
             f"{folder} holds no tensor under {prefix}: give the name of a Mamba layer's mixer"
         )
-    _fill({f"{root}{name}": param for name, param in sharded_parameters(mixer)}, source, names, None)
+    _fill(sharded_tensors(mixer, root), source, names, None)
     return source
 
 
 def _fill(
-    parameters: Mapping[str, nn.Parameter],
+    tensors: Iterable[ShardedTensor],
     source: TensorSource,
     names: list[str] | None,
     progress: Progress | None,
 ) -> None:
-    matching = match(parameters, source, names=names)
-    tp = _sharded(matching.entries[0]).tp
+    matching = match(tensors, source, names=names)
+    tp = matching.entries[0].tensor.tp
     verify_tied(source, matching, tp.rank, tp.size)
     total, done = _bytes_of(source, matching), 0
     for entry in matching:
-        sharded = _sharded(entry)
         # In the file's dtype until the parameter takes it: A, D and dt bias go to float32 directly.
-        pieces = [
-            piece.to(device=entry.param.device)
-            for piece in read_pieces(source, entry.stored_name, entry.split, tp.rank, tp.size)
-        ]
-        sharded.load_local(entry.split.assemble(pieces, tp.rank, tp.size))
-        sharded.checkpoint_dtype = source.dtype(entry.stored_name)
+        device = entry.tensor.param.device
+        rows = [rows.to(device=device) for rows in entry.read_spans(source, tp.rank, tp.size)]
+        entry.tensor.load(entry.shard.assemble(rows, tp.rank, tp.size), entry.dtype(source))
         done += _rank_bytes(source, entry)
         if progress is not None:
             progress("loading weights", done, total)
 
 
-def _sharded(entry: Entry) -> Sharded:
-    return entry.param.sharded  # type: ignore[attr-defined]
-
-
 def _rank_bytes(source: TensorSource, entry: Entry) -> int:
-    tp = _sharded(entry).tp
-    return prod(local_shape(entry.split, tp.rank, tp.size)) * source.dtype(entry.stored_name).itemsize
+    tp = entry.tensor.tp
+    return prod(local_shape(entry.shard, tp.rank, tp.size)) * entry.dtype(source).itemsize
 
 
 def _bytes_of(source: TensorSource, matching: Matching) -> int:

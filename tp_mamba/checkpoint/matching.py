@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
-from torch import nn
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.names import EMBEDDING, LM_HEAD, canonical_name
 from tp_mamba.checkpoint.sources.base import TensorSource
-from tp_mamba.parallel.sharding import Split
+from tp_mamba.parallel.sharding import Shard, ShardedTensor
 
 WEIGHT_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One parameter and the tensor that fills it."""
+    """One parameter and the tensors that fill it."""
 
-    name: str
-    """Canonical name: the key in the files this package writes."""
-    stored_name: str
-    """Name in the source."""
-    param: nn.Parameter
+    tensor: ShardedTensor
+    stored_names: tuple[str, ...]
+    """Names in the source: of what is joined to the full tensor, in order, or of the full tensor itself."""
 
     @property
-    def split(self) -> Split:
-        return self.param.sharded.split  # type: ignore[attr-defined]
+    def name(self) -> str:
+        """Canonical name: the key in the files this package writes."""
+        return self.tensor.name
+
+    @property
+    def shard(self) -> Shard:
+        """How the tensor is cut, with the sources that the stored names stand for."""
+        shard = self.tensor.shard
+        return shard if len(self.stored_names) > 1 else replace(shard, sources=())
+
+    def dtype(self, source: TensorSource) -> torch.dtype:
+        """The dtype of the full tensor in ``source``."""
+        dtype = source.dtype(self.stored_names[0])
+        for name in self.stored_names[1:]:
+            dtype = torch.promote_types(dtype, source.dtype(name))
+        return dtype
+
+    def read_spans(self, source: TensorSource, rank: int, n: int) -> list[torch.Tensor]:
+        """The rows that ``rank`` of ``n`` holds: one tensor per piece, or the whole if replicated."""
+
+        def read(i: int, dim: int | None, start: int, stop: int) -> torch.Tensor:
+            name = self.stored_names[i]
+            return source.read_all(name) if dim is None else source.read(name, dim, start, stop)
+
+        return self.shard.read_spans(read, rank, n)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +84,9 @@ class Comparison:
 
 
 def compare(
-    parameters: Mapping[str, nn.Parameter], source: TensorSource, *, names: Sequence[str] | None = None
+    tensors: Iterable[ShardedTensor], source: TensorSource, *, names: Sequence[str] | None = None
 ) -> Comparison:
-    """Compare ``parameters`` (canonical names) with the tensors of ``source``, by headers alone.
+    """Compare ``tensors`` (of canonical names) with those of ``source``, by headers alone.
 
     A model without an ``lm_head.weight`` parameter of its own ties it to the embedding; its file may then hold
     either of the two, or both, which :func:`verify_tied` compares.
@@ -76,18 +96,29 @@ def compare(
     """
     stored, duplicate = _by_canonical_name(source.names() if names is None else names)
     tied_copy = None
-    if EMBEDDING in parameters and LM_HEAD not in parameters and LM_HEAD in stored:
+    wanted = {tensor.name: tensor for tensor in tensors}
+    if EMBEDDING in wanted and LM_HEAD not in wanted and LM_HEAD in stored:
         tied_copy = stored.pop(LM_HEAD)
         if EMBEDDING not in stored:
             stored[EMBEDDING], tied_copy = tied_copy, None
-    entries = [Entry(name, stored[name], param) for name, param in parameters.items() if name in stored]
-    splits = {entry.stored_name: entry.split for entry in entries}
+    entries: list[Entry] = []
+    missing: list[str] = []
+    known: set[str] = set()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor in wanted.values():
+        found = (tensor.name,) if tensor.name in stored else tensor.names
+        absent = [name for name in found if name not in stored]
+        missing += absent
+        known.update(found)
+        if not absent:
+            entry = Entry(tensor, tuple(stored[name] for name in found))
+            entries.append(entry)
+            shapes |= zip(entry.stored_names, entry.shard.source_shapes(), strict=True)
     if tied_copy is not None:
-        splits[tied_copy] = parameters[EMBEDDING].sharded.split  # type: ignore[attr-defined]
-    missing = [name for name in parameters if name not in stored]
-    unknown = [stored[name] for name in stored if name not in parameters]
-    misshapen = [name for name, split in splits.items() if source.shape(name) != split.shape]
-    wrong_dtype = [name for name in splits if source.dtype(name) not in WEIGHT_DTYPES]
+        shapes[tied_copy] = wanted[EMBEDDING].shard.shape
+    unknown = [stored[name] for name in stored if name not in known]
+    misshapen = [name for name, shape in shapes.items() if source.shape(name) != shape]
+    wrong_dtype = [name for name in shapes if source.dtype(name) not in WEIGHT_DTYPES]
     refusal = None
     if duplicate:
         first, second = duplicate[0]
@@ -105,7 +136,7 @@ def compare(
     elif misshapen:
         name = misshapen[0]
         refusal = (
-            f"{name} has shape {list(source.shape(name))}, config.json asks for {list(splits[name].shape)}: use "
+            f"{name} has shape {list(source.shape(name))}, config.json asks for {list(shapes[name])}: use "
             "the config.json that belongs to these weights"
         )
     elif wrong_dtype:
@@ -119,25 +150,18 @@ def compare(
 
 
 def match(
-    parameters: Mapping[str, nn.Parameter], source: TensorSource, *, names: Sequence[str] | None = None
+    tensors: Iterable[ShardedTensor], source: TensorSource, *, names: Sequence[str] | None = None
 ) -> Matching:
-    """Pair ``parameters`` with the tensors of ``source``, strictly; arguments as :func:`compare`.
+    """Pair ``tensors`` with those of ``source``, strictly; arguments as :func:`compare`.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, present under two names, or has another shape than its
             parameter or a dtype that is no weight's.
     """
-    comparison = compare(parameters, source, names=names)
+    comparison = compare(tensors, source, names=names)
     if comparison.refusal is not None:
         raise CheckpointError(comparison.refusal)
     return comparison.matching
-
-
-def read_pieces(source: TensorSource, name: str, split: Split, rank: int, n: int) -> list[torch.Tensor]:
-    """The rows of tensor ``name`` that ``rank`` of ``n`` holds: one piece a part, or the whole if replicated."""
-    if split.dim is None:
-        return [source.read_all(name)]
-    return [source.read(name, split.dim, span.start, span.stop) for span in split.spans(rank, n)]
 
 
 def verify_tied(source: TensorSource, matching: Matching, rank: int, n: int) -> None:
@@ -149,13 +173,11 @@ def verify_tied(source: TensorSource, matching: Matching, rank: int, n: int) -> 
     if matching.tied_copy is None:
         return
     embedding = next(entry for entry in matching if entry.name == EMBEDDING)
-    pieces = (
-        read_pieces(source, name, embedding.split, rank, n)
-        for name in (embedding.stored_name, matching.tied_copy)
-    )
-    if not all(_same_bits(a, b) for a, b in zip(*pieces, strict=True)):
+    copy = Entry(embedding.tensor, (matching.tied_copy,))
+    rows = (entry.read_spans(source, rank, n) for entry in (embedding, copy))
+    if not all(_same_bits(a, b) for a, b in zip(*rows, strict=True)):
         raise CheckpointError(
-            f"{matching.tied_copy} differs from {embedding.stored_name}, but config.json ties the two: set "
+            f"{matching.tied_copy} differs from {embedding.stored_names[0]}, but config.json ties the two: set "
             "tie_word_embeddings to false in config.json"
         )
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
-from torch import nn
 
 from tp_mamba.checkpoint.files import CONFIG, SAFETENSORS, copy_companions, write_json
 from tp_mamba.checkpoint.replace import replacing, writing
 from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
-from tp_mamba.parallel.sharding import Sharded, sharded_parameters
+from tp_mamba.parallel.sharding import ShardedTensor, sharded_tensors
 
 if TYPE_CHECKING:
     from tp_mamba.config import MambaConfig
@@ -42,8 +41,8 @@ def save_model(
         RankFailedError: on the other ranks, when rank 0 failed.
     """
     tp, target = model.tp, Path(folder)
-    parameters = dict(sharded_parameters(model))
-    specs = {name: (_file_dtype(param), _sharded(param).split.shape) for name, param in parameters.items()}
+    tensors = {name: (tensor, i) for tensor in sharded_tensors(model) for i, name in enumerate(tensor.names)}
+    specs = {name: (_file_dtype(t), t.shard.source_shapes()[i]) for name, (t, i) in tensors.items()}
     files = plan_files(specs, max_shard_bytes)
     with ExitStack() as stack:
         new: Path | None = None
@@ -51,13 +50,13 @@ def save_model(
             if tp.rank == 0:
                 new = stack.enter_context(replacing(target))
                 write_description(new, model.config, model.dtype, files, specs, model.checkpoint_folder)
-        for name, tensors in files.items():
+        for name, held in files.items():
             _write_file(
                 model,
                 target,
                 new / name if new is not None else None,
-                {t: specs[t] for t in tensors},
-                parameters,
+                {t: specs[t] for t in held},
+                tensors,
             )
         with tp.agreed():
             stack.close()
@@ -104,7 +103,7 @@ def _write_file(
     target: Path,
     path: Path | None,
     specs: Mapping[str, Spec],
-    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, tuple[ShardedTensor, int]],
 ) -> None:
     """Gather the tensors of one file on every rank and write them on rank 0, the one with a ``path``.
 
@@ -120,11 +119,12 @@ def _write_file(
             except Exception as error:  # whatever it was, the others must not wait for this rank
                 failure = error
         for name in write_order(specs):
-            full = _gather(parameters[name], specs[name][0])
+            tensor, i = tensors[name]
+            full = _gather(tensor, specs[name][0])
             if writer is None or failure is not None:
                 continue
             try:
-                writer.write(name, full.cpu())
+                writer.write(name, tensor.shard.split_sources(full)[i].cpu().contiguous())
             except Exception as error:
                 failure = error
         with model.tp.agreed(), writing(target):
@@ -133,23 +133,16 @@ def _write_file(
             stack.close()
 
 
-def _gather(param: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
+def _gather(tensor: ShardedTensor, dtype: torch.dtype) -> torch.Tensor:
     """The full tensor as a checkpoint holds it; on rank 0 (elsewhere the padded gathering, which nobody reads)."""
-    sharded = _sharded(param)
-    split, tp = sharded.split, sharded.tp
-    local = sharded.read_local().to(dtype)
-    if split.dim is None:
+    shard, tp = tensor.shard, tensor.tp
+    local = tensor.read().to(dtype)
+    if shard.dim is None:
         return local
-    gathered = tp.all_gather(local, dim=split.dim)
-    return split.merge(gathered.chunk(tp.size, dim=split.dim)) if tp.rank == 0 else gathered
+    gathered = tp.all_gather(local, dim=shard.dim)
+    return shard.merge(gathered.chunk(tp.size, dim=shard.dim)) if tp.rank == 0 else gathered
 
 
-def _file_dtype(param: nn.Parameter) -> torch.dtype:
-    sharded = _sharded(param)
-    if not sharded.split.float32:
-        return param.dtype
-    return sharded.checkpoint_dtype or torch.promote_types(param.dtype, torch.float32)
-
-
-def _sharded(param: nn.Parameter) -> Sharded:
-    return param.sharded  # type: ignore[attr-defined]
+def _file_dtype(tensor: ShardedTensor) -> torch.dtype:
+    held = tensor.param.dtype
+    return (tensor.file_dtype or torch.promote_types(held, torch.float32)) if tensor.shard.wide else held

@@ -13,7 +13,7 @@ import torch
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import CONFIG, MANIFEST, copy_companions, write_json
 from tp_mamba.checkpoint.location import resolve
-from tp_mamba.checkpoint.matching import Entry, Matching, match, read_pieces, verify_tied
+from tp_mamba.checkpoint.matching import Entry, Matching, match, verify_tied
 from tp_mamba.checkpoint.progress import Progress, counter
 from tp_mamba.checkpoint.replace import refuse_taken, replacing
 from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
@@ -23,7 +23,7 @@ from tp_mamba.checkpoint.sources.shards import local_shape, manifest, shard_file
 from tp_mamba.config import MambaConfig
 from tp_mamba.model import MambaForCausalLM
 from tp_mamba.parallel.group import TensorParallel
-from tp_mamba.parallel.sharding import sharded_parameters
+from tp_mamba.parallel.sharding import sharded_tensors
 
 
 def shard_checkpoint(
@@ -52,9 +52,9 @@ def shard_checkpoint(
     _check_rank_count(origin, config, tp_size)
     source, matching = _open(origin, config)
     entries = {entry.name: entry for entry in matching}
-    dtypes = {name: source.dtype(entry.stored_name) for name, entry in entries.items()}
+    dtypes = {name: entry.dtype(source) for name, entry in entries.items()}
     ranks: list[dict[str, Spec]] = [
-        {name: (dtypes[name], local_shape(entry.split, rank, tp_size)) for name, entry in entries.items()}
+        {name: (dtypes[name], local_shape(entry.shard, rank, tp_size)) for name, entry in entries.items()}
         for rank in range(tp_size)
     ]
     report = counter(
@@ -64,7 +64,7 @@ def shard_checkpoint(
         write_json(
             new / CONFIG, dataclasses.replace(config, dtype=_declared(config, source, matching)).to_dict()
         )
-        write_json(new / MANIFEST, manifest(tp_size, {name: e.split for name, e in entries.items()}, dtypes))
+        write_json(new / MANIFEST, manifest(tp_size, {name: e.shard for name, e in entries.items()}, dtypes))
         copy_companions(origin, new)
         for rank, specs in enumerate(ranks):
             with SafetensorsWriter(new / shard_file_name(rank, tp_size), specs) as writer:
@@ -89,9 +89,10 @@ def merge_checkpoint(
     origin = _resolve_beside(folder, out, overwrite=overwrite)
     config = MambaConfig.from_pretrained(origin)
     source, matching = _open(origin, config)
-    entries = {entry.name: entry for entry in matching}
+    entries = {name: (entry, i) for entry in matching for i, name in enumerate(entry.tensor.names)}
     specs: dict[str, Spec] = {
-        name: (source.dtype(entry.stored_name), entry.split.shape) for name, entry in entries.items()
+        name: (entry.dtype(source), entry.tensor.shard.source_shapes()[i])
+        for name, (entry, i) in entries.items()
     }
     files = plan_files(specs)
     report = counter("merging", sum(map(nbytes, specs.values())), progress)
@@ -101,7 +102,7 @@ def merge_checkpoint(
             wanted = {name: specs[name] for name in names}
             with SafetensorsWriter(new / file, wanted) as writer:
                 for name in write_order(wanted):
-                    writer.write(name, source.read_all(entries[name].stored_name))
+                    writer.write(name, _read_source(source, *entries[name]))
                     report(nbytes(specs[name]))
 
 
@@ -126,16 +127,23 @@ def _check_rank_count(origin: Path, config: MambaConfig, n: int) -> None:
 def _open(folder: Path, config: MambaConfig) -> tuple[TensorSource, Matching]:
     source = open_source(folder)
     model = MambaForCausalLM(config, tp=TensorParallel.virtual(0, 1), device="meta")
-    matching = match(dict(sharded_parameters(model)), source)
+    matching = match(sharded_tensors(model), source)
     verify_tied(source, matching, 0, 1)
     return source, matching
 
 
 def _declared(config: MambaConfig, source: TensorSource, matching: Matching) -> torch.dtype:
     """The dtype a config.json should name: its own, else (raw files) that of the weights."""
-    return config.dtype or source.dtype(matching.entries[0].stored_name)
+    return config.dtype or matching.entries[0].dtype(source)
 
 
 def _read_rank(source: TensorSource, entry: Entry, rank: int, n: int) -> torch.Tensor:
-    pieces = read_pieces(source, entry.stored_name, entry.split, rank, n)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=entry.split.dim or 0)
+    rows = entry.read_spans(source, rank, n)
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=entry.shard.dim or 0)
+
+
+def _read_source(source: TensorSource, entry: Entry, i: int) -> torch.Tensor:
+    """Tensor number ``i`` of those that a full checkpoint keeps for ``entry``."""
+    if len(entry.stored_names) == len(entry.tensor.names):
+        return source.read_all(entry.stored_names[i])
+    return entry.tensor.shard.split_sources(source.read_all(entry.stored_names[0]))[i].contiguous()

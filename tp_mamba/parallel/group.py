@@ -163,6 +163,14 @@ class TensorParallel:
         tp.rank, tp.size = rank, size
         return tp
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorParallel:
+        """Itself: copies of a model communicate over the same group."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as rank and size, without the group: a process group is of one run of one program."""
+        return _unpickled, (self.rank, self.size, self.device)
+
     @property
     def backend(self) -> str:
         """``"nccl"`` or ``"gloo"``; ``"none"`` for one rank without a group."""
@@ -175,8 +183,9 @@ class TensorParallel:
     def _require_group(self) -> dist.ProcessGroup:
         if self.group is None:
             raise RuntimeError(
-                f"rank {self.rank} of {self.size} was made by TensorParallel.virtual and has no process group: "
-                "it can plan and slice, but not communicate"
+                f"rank {self.rank} of {self.size} has no process group (it was made by TensorParallel.virtual, or "
+                "unpickled): it can plan and slice, but not communicate; build or load the model over a group, such as "
+                "TensorParallel.from_env() under torchrun"
             )
         return self.group
 
@@ -272,6 +281,12 @@ class TensorParallel:
                         f"{name} differs between the ranks, rank 0 was given {found[0]} and rank {rank} {found[1]}: "
                         "give every rank the same"
                     )
+
+
+def _unpickled(rank: int, size: int, device: torch.device) -> TensorParallel:
+    tp = TensorParallel(device=device)
+    tp.rank, tp.size = rank, size
+    return tp
 
 
 def _abridged(text: str) -> str:

@@ -93,7 +93,7 @@ class ShardedModule(nn.Module):
         if shard.wide:
             dtype = torch.promote_types(dtype, torch.float32)
         param = nn.Parameter(torch.empty(shard.local_shape(self.tp.size), dtype=dtype, device=device))
-        self.register_parameter(name, param)
+        setattr(self, name, param)
         return param
 
     def load_shard(self, name: str, local: torch.Tensor) -> None:
@@ -103,10 +103,10 @@ class ShardedModule(nn.Module):
 
     def read_shard(self, name: str) -> torch.Tensor:
         """This rank's part of ``name`` as a file would hold it, padding included."""
-        return getattr(self, name).detach()  # type: ignore[no-any-return]
+        return getattr(self, name).detach()
 
     def load_full(self, name: str, full: torch.Tensor, piece: int | None = None) -> None:
-        """Fill ``name`` from the full tensor, or one piece of it; :meth:`WeightLoader.__call__` says what is refused."""
+        """Fill ``name`` from the full tensor or one piece of it; refusals as :meth:`WeightLoader.__call__`."""
         shard, held = self.shards[name], getattr(self, name)
         called = f"{self.prefix}.{name}".lstrip(".")
         if piece is not None and (shard.dim is None or piece not in range(len(shard.pieces))):

@@ -82,10 +82,16 @@ class Shard:
                 )
         else:
             if not 0 <= self.dim < rank:
-                raise ValueError(f"got dim {self.dim} of a tensor with {rank} dimensions: choose 0 to {rank - 1}")
+                raise ValueError(
+                    f"got dim {self.dim} of a tensor with {rank} dimensions: choose 0 to {rank - 1}"
+                )
             size, unit = self.shape[self.dim], self.granularity
             object.__setattr__(self, "pieces", tuple(self.pieces) or (size,))
-            if unit < 1 or sum(self.pieces) != size or any(piece < 0 or piece % unit for piece in self.pieces):
+            if (
+                unit < 1
+                or sum(self.pieces) != size
+                or any(piece < 0 or piece % unit for piece in self.pieces)
+            ):
                 raise ValueError(
                     f"got pieces {list(self.pieces)} in units of {unit} for a dimension of size {size}: they must be "
                     "multiples of the unit and add up to the size"
@@ -156,7 +162,9 @@ class Shard:
         """Shapes of the file's tensors, in the order of ``sources``."""
         if len(self.sources) < 2:
             return [self.shape]
-        return [(*self.shape[: self.join], size, *self.shape[self.join + 1 :]) for size in self._source_sizes()]
+        return [
+            (*self.shape[: self.join], size, *self.shape[self.join + 1 :]) for size in self._source_sizes()
+        ]
 
     def split_sources(self, full: torch.Tensor) -> list[torch.Tensor]:
         """Views of a full tensor: the file's tensors it is made of, in the order of ``sources``."""
@@ -177,11 +185,13 @@ class Shard:
     def _read_span(self, read: ReadRows, start: int, stop: int) -> torch.Tensor:
         if len(self.sources) < 2 or self.join != self.dim:
             return self._joined([read(i, self.dim, start, stop) for i in range(max(1, len(self.sources)))])
+        if start == stop:
+            return read(0, self.dim, 0, 0)
         found, before = [], 0
         for i, size in enumerate(self._source_sizes()):
-            first, last = max(start, before), min(stop, before + size)
-            if first < last or (start == stop and i == 0):
-                found.append(read(i, self.dim, first - before, last - before) if first < last else read(i, self.dim, 0, 0))
+            first, last = max(start - before, 0), min(stop - before, size)
+            if first < last:
+                found.append(read(i, self.dim, first, last))
             before += size
         return self._joined(found)
 
@@ -195,8 +205,8 @@ class Shard:
         size, count = self.shape[self.join], len(self.sources)
         if size % count:
             raise ValueError(
-                f"{count} sources cannot be of equal size along dimension {self.join} of size {size}: declare one piece "
-                "per source along it"
+                f"{count} sources cannot be of equal size along dimension {self.join} of size {size}: declare one "
+                "piece per source along it"
             )
         return [size // count] * count
 
@@ -218,16 +228,16 @@ class ShardedTensor:
 
     @property
     def shard(self) -> Shard:
-        return self.module.shards[self.attribute]  # type: ignore[no-any-return]
+        return self.module.shards[self.attribute]
 
     @property
     def param(self) -> torch.Tensor:
         """What the module holds now under that name."""
-        return getattr(self.module, self.attribute)  # type: ignore[no-any-return]
+        return getattr(self.module, self.attribute)
 
     @property
     def tp(self) -> TensorParallel:
-        return self.module.tp  # type: ignore[no-any-return]
+        return self.module.tp
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -247,12 +257,12 @@ class ShardedTensor:
 
     def read(self) -> torch.Tensor:
         """This rank's part as a checkpoint would hold it."""
-        return self.module.read_shard(self.attribute)  # type: ignore[no-any-return]
+        return self.module.read_shard(self.attribute)
 
     @property
     def file_dtype(self) -> torch.dtype | None:
         """The dtype that the tensor had in the file it was loaded from; None before loading."""
-        return self.module.file_dtypes.get(self.attribute)  # type: ignore[no-any-return]
+        return self.module.file_dtypes.get(self.attribute)
 
     def _named(self, name: str) -> str:
         return f"{self.path}.{name}" if self.path else name

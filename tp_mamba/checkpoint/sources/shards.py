@@ -17,10 +17,10 @@ from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import MANIFEST
 from tp_mamba.checkpoint.sources.base import TensorSource
 from tp_mamba.checkpoint.sources.safetensors import DTYPES, SafetensorsSource
-from tp_mamba.parallel.sharding import Split
+from tp_mamba.parallel.sharding import Shard
 
 FORMAT: Final = "tp_mamba_shards"
-VERSION: Final = 1
+VERSION: Final = 2
 _AGAIN: Final = "make the shards again with tp-mamba shard"
 
 
@@ -29,12 +29,12 @@ def shard_file_name(rank: int, n: int) -> str:
     return f"model-tp-{rank + 1:05d}-of-{n:05d}.safetensors"
 
 
-def local_shape(split: Split, rank: int, n: int) -> tuple[int, ...]:
+def local_shape(shard: Shard, rank: int, n: int) -> tuple[int, ...]:
     """Shape of ``rank``'s rows without padding, as its file holds them."""
-    if split.dim is None:
-        return split.shape
-    rows = sum(span.stop - span.start for span in split.spans(rank, n))
-    return (*split.shape[: split.dim], rows, *split.shape[split.dim + 1 :])
+    if shard.dim is None:
+        return shard.shape
+    rows = sum(span.stop - span.start for span in shard.spans(rank, n))
+    return (*shard.shape[: shard.dim], rows, *shard.shape[shard.dim + 1 :])
 
 
 class ShardedSource(TensorSource):
@@ -52,22 +52,22 @@ class ShardedSource(TensorSource):
         """
         super().__init__()
         self._folder = folder
-        self._tp_size, self._splits, self._dtypes = _read_manifest(folder / MANIFEST)
+        self._tp_size, self._shards, self._dtypes = _read_manifest(folder / MANIFEST)
         self._own = rank % self._tp_size
         self._files: dict[int, SafetensorsSource] = {self._own: self._open(self._own)}
-        for split in self._splits.values():
-            if split.dim is None:
+        for shard in self._shards.values():
+            if shard.dim is None:
                 continue
-            for span in split.spans(rank, size):
-                for owner, *_ in self._owners(split, span.start, span.stop):
+            for span in shard.spans(rank, size):
+                for owner, *_ in self._owners(shard, span.start, span.stop):
                     if owner not in self._files:
                         self._files[owner] = self._open(owner)
 
     def names(self) -> list[str]:
-        return sorted(self._splits)
+        return sorted(self._shards)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._splits[name].shape
+        return self._shards[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         return self._dtypes[name]
@@ -78,28 +78,28 @@ class ShardedSource(TensorSource):
         Raises:
             CheckpointError: a cut tensor is asked for along another dimension than it was cut along.
         """
-        split = self._splits[name]
+        shard = self._shards[name]
         if start == stop:
             return self._empty(name, dim)
-        if split.dim is None:
+        if shard.dim is None:
             return self._fetch(self._own, name, dim, start, stop)
-        if dim != split.dim and (start, stop) != (0, split.shape[dim]):
+        if dim != shard.dim and (start, stop) != (0, shard.shape[dim]):
             raise CheckpointError(
-                f"{name} was cut along dimension {split.dim} and rows {start} to {stop} of dimension {dim} are asked "
+                f"{name} was cut along dimension {shard.dim} and rows {start} to {stop} of dimension {dim} are asked "
                 "for: merge the files first, with tp-mamba merge"
             )
-        first, last = (start, stop) if dim == split.dim else (0, split.shape[split.dim])
+        first, last = (start, stop) if dim == shard.dim else (0, shard.shape[shard.dim])
         pieces = [
-            self._fetch(owner, name, split.dim, a, b) for owner, a, b in self._owners(split, first, last)
+            self._fetch(owner, name, shard.dim, a, b) for owner, a, b in self._owners(shard, first, last)
         ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=split.dim)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=shard.dim)
 
-    def _owners(self, split: Split, start: int, stop: int) -> list[tuple[int, int, int]]:
+    def _owners(self, shard: Shard, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Where ``full[start:stop]`` lies, in order: ``(file, first row, row after the last)`` of each piece."""
         pieces = []
         for owner in range(self._tp_size):
             offset = 0
-            for span in split.spans(owner, self._tp_size):
+            for span in shard.spans(owner, self._tp_size):
                 first, last = max(start, span.start), min(stop, span.stop)
                 if first < last:
                     pieces.append((first, owner, offset + first - span.start, offset + last - span.start))
@@ -119,8 +119,8 @@ class ShardedSource(TensorSource):
         if file.names() != self.names():
             odd = sorted(set(file.names()) ^ set(self.names()))[0]
             raise CheckpointError(f"{path} and {MANIFEST} do not agree on {odd}: {_AGAIN}")
-        for name, split in self._splits.items():
-            expected = local_shape(split, owner, self._tp_size)
+        for name, shard in self._shards.items():
+            expected = local_shape(shard, owner, self._tp_size)
             if file.shape(name) != expected or file.dtype(name) != self._dtypes[name]:
                 raise CheckpointError(
                     f"{name} in {path} is {list(file.shape(name))} {file.dtype(name)}, {MANIFEST} says "
@@ -129,8 +129,8 @@ class ShardedSource(TensorSource):
         return file
 
 
-def manifest(tp_size: int, splits: dict[str, Split], dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
-    """The content of the manifest of tensors cut as ``splits`` for ``tp_size`` ranks."""
+def manifest(tp_size: int, shards: dict[str, Shard], dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
+    """The content of the manifest of tensors cut as ``shards`` for ``tp_size`` ranks."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     return {
         "format": FORMAT,
@@ -138,17 +138,18 @@ def manifest(tp_size: int, splits: dict[str, Split], dtypes: dict[str, torch.dty
         "tp_size": tp_size,
         "tensors": {
             name: {
-                "shape": list(split.shape),
-                "dim": split.dim,
-                "parts": split.parts,
+                "shape": list(shard.shape),
+                "dim": shard.dim,
+                "pieces": list(shard.pieces),
+                "granularity": shard.granularity,
                 "dtype": codes[dtypes[name]],
             }
-            for name, split in splits.items()
+            for name, shard in shards.items()
         },
     }
 
 
-def _read_manifest(path: Path) -> tuple[int, dict[str, Split], dict[str, torch.dtype]]:
+def _read_manifest(path: Path) -> tuple[int, dict[str, Shard], dict[str, torch.dtype]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -156,27 +157,24 @@ def _read_manifest(path: Path) -> tuple[int, dict[str, Split], dict[str, torch.d
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise CheckpointError(f"{path} is not a {FORMAT} manifest of version {VERSION}: {_AGAIN}")
     try:
-        splits = {
-            name: Split(shape=tuple(entry["shape"]), dim=entry["dim"], parts=entry["parts"])
+        shards = {
+            name: Shard(
+                shape=tuple(entry["shape"]),
+                dim=entry["dim"],
+                pieces=tuple(entry["pieces"]),
+                granularity=entry["granularity"],
+            )
             for name, entry in content["tensors"].items()
         }
         dtypes = {name: DTYPES[entry["dtype"]] for name, entry in content["tensors"].items()}
         tp_size = content["tp_size"]
-        sound = isinstance(tp_size, int) and tp_size >= 1 and all(map(_is_sound, splits.values()))
-    except (KeyError, TypeError, AttributeError):
+        sound = isinstance(tp_size, int) and tp_size >= 1 and all(map(_is_sound, shards.values()))
+    except (KeyError, TypeError, AttributeError, ValueError):
         sound = False
     if not sound:
         raise CheckpointError(f"{path} is damaged: {_AGAIN}")
-    return tp_size, splits, dtypes
+    return tp_size, shards, dtypes
 
 
-def _is_sound(split: Split) -> bool:
-    if not all(isinstance(size, int) and size >= 0 for size in split.shape):
-        return False
-    if split.dim is None:
-        return True
-    return (
-        split.dim in range(len(split.shape))
-        and split.parts >= 1
-        and split.shape[split.dim] % split.parts == 0
-    )
+def _is_sound(shard: Shard) -> bool:
+    return all(isinstance(size, int) and size >= 0 for size in shard.shape)
