@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,6 +35,13 @@ def rank_counts(text: str) -> list[int]:
             f"got {text!r}, expected numbers of ranks divided by commas, as in 1,2,4"
         )
     return list(dict.fromkeys(int(part) for part in parts))
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The torch dtype of ``--dtype``; None stays None."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:

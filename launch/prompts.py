@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tp_mamba.launch.failures import UsageError
+from tp_mamba.launch.ranks.failures import UsageError
 
 if TYPE_CHECKING:
     from tp_mamba.parallel.group import TensorParallel

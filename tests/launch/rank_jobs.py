@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from tp_mamba.launch.environment import make_tensor_parallel
-from tp_mamba.launch.failures import first_failure
 from tp_mamba.launch.prompts import share_prompts
+from tp_mamba.launch.ranks.start import make_tensor_parallel
 from tp_mamba.parallel.group import TensorParallel
 
 
@@ -100,12 +99,15 @@ def share_from(folders: list[str], file: str) -> list[list[str]]:
 
 
 def all_raise(last: int) -> None:
-    """Every rank raises an error of its own, rank ``last`` at once after the first that another has recorded."""
+    """Every rank raises an error of its own, rank ``last`` at once after another has."""
     rank = int(os.environ["RANK"])
-    records = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]  # the launcher's folder, with one a rank
-    while rank == last and first_failure(records) is None:
+    raised = Path(os.environ["FAULT_TIME"])
+    while rank == last and not raised.exists():
         time.sleep(0.001)
-    raise ValueError(f"error of rank {rank}")
+    try:
+        raise ValueError(f"error of rank {rank}")
+    finally:
+        raised.touch()
 
 
 def sleep_for_ever() -> None:

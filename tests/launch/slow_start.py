@@ -13,8 +13,8 @@ if __name__ == "__mp_main__":
 if __name__ == "__main__":
     import rank_jobs
 
-    from tp_mamba.launch.failures import StoppedError
-    from tp_mamba.launch.ranks import start_ranks
+    from tp_mamba.launch.ranks.signals import StoppedError
+    from tp_mamba.launch.ranks.start import start_ranks
 
     try:
         start_ranks(rank_jobs.sleep_for_ever, size=2)

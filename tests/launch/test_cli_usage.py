@@ -15,8 +15,8 @@ import torch
 
 from tp_mamba.launch import cli
 from tp_mamba.launch.arguments import rank_count, rank_counts
-from tp_mamba.launch.environment import make_tensor_parallel, resolve_rank_count
 from tp_mamba.launch.prompts import read_prompts
+from tp_mamba.launch.ranks.start import make_tensor_parallel, resolve_rank_count
 from tp_mamba.parallel.group import TensorParallel
 
 USAGE = 2
@@ -54,13 +54,20 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"tp-mamba {version('tp-mamba')}\n"
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
-def test_module_of_a_verb_asks_for_help_without_torch(verb: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "verb"),
+    [
+        *(("tp_mamba.launch", verb) for verb in cli.VERBS),
+        *((f"tp_mamba.launch.{v}", v) for v in ("generate", "verify")),
+    ],
+)
+def test_help_of_a_module_needs_no_torch(module: str, verb: str) -> None:
+    words = [verb, "--help"] if module == "tp_mamba.launch" else ["--help"]
     code = (
         "import runpy, sys\n"
-        f"sys.argv = ['x', '--help']\n"
+        f"sys.argv = ['x', *{words!r}]\n"
         "try:\n"
-        f"    runpy.run_module('tp_mamba.launch.{verb}', run_name='__main__')\n"
+        f"    runpy.run_module({module!r}, run_name='__main__')\n"
         "except SystemExit as left:\n"
         "    sys.exit(left.code or ('torch' in sys.modules) * 77)\n"
     )

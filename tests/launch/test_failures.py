@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from torch.distributed import DistBackendError
 
-from tp_mamba.launch.failures import first_failure, is_consequence, record_failure, sentence_of
+from tp_mamba.launch.ranks.failures import RankFailure, is_consequence, sentence_of
+from tp_mamba.launch.ranks.start import first_of
 from tp_mamba.parallel.group import RankFailedError
 
 
@@ -55,18 +54,14 @@ def test_consequences_are_told_from_causes(error: BaseException, consequence: bo
     assert is_consequence(error) is consequence
 
 
-def test_first_failure_prefers_causes_then_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_failure_is_a_cause_then_the_earliest() -> None:
     errors = [
         RuntimeError("gloo/transport: Connection closed by peer"),
         ValueError("the cause"),
         ValueError("a later error"),
     ]
-    assert first_failure(tmp_path) is None
-    for rank, error in enumerate(errors):
-        (tmp_path / str(rank)).mkdir()
-        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
-        record_failure(error, rank)
-    found = first_failure(tmp_path)
-    assert found is not None
-    assert (found.rank, found.sentence, found.consequence) == (1, "the cause", False)
-    assert not list(tmp_path.rglob("*.part"))
+    failures = [RankFailure.of(error, rank) for rank, error in enumerate(errors)]
+    assert first_of(failures[::-1]).sentence == "the cause"
+    killed = RankFailure.of_exit(3, -9)
+    assert first_of([*failures, killed]) is killed
+    assert killed.sentence == "rank 3 was killed by SIGKILL; the other ranks have been ended"

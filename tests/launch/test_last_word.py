@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tp_mamba.launch.failures import sigterm_sentence
-from tp_mamba.launch.last_word import LastWord
+from tp_mamba.launch.ranks.failures import Teller, sigterm_sentence
 
 RANK_THAT_IS_ENDED = """
 import ctypes, os, signal, sys, time
 from tp_mamba.launch import cli
 from tp_mamba.launch.output import write
+from tp_mamba.launch.ranks import failures
 
 def sigterm():
     os.kill(os.getpid(), signal.SIGTERM)
@@ -35,23 +35,23 @@ def in_its_work(args):
     wait_in_c()
 
 def between_claim_and_sentence(args):
-    is_teller = cli.is_teller
+    is_teller = failures.is_teller
     def interrupted(failure):
         tells = is_teller(failure)
         sigterm()
         time.sleep(0.5)
         return tells
-    cli.is_teller = interrupted
+    failures.is_teller = interrupted
     raise ValueError("its own error")
 
 def after_its_sentence(args):
-    def leave(failed):
+    def leave():
         sigterm()
         wait_in_c()
-    cli.leave_process_group = leave
+    cli.leave_in_time = leave
     raise ValueError("its own error")
 
-cli._run = globals()[sys.argv[1]]
+cli.run_verb = globals()[sys.argv[1]]
 sys.exit(cli.main(["verify", "a checkpoint"]))
 """
 ENDED = f"tp-mamba verify: error: {sigterm_sentence(0)}\n"
@@ -116,7 +116,7 @@ def test_ctrl_c_is_still_an_interrupt_and_nothing_is_left(monkeypatch: pytest.Mo
 
 def interrupt_inside() -> None:
     """Ctrl-C while SIGTERM is listened for."""
-    with LastWord("verify").on_sigterm():
+    with Teller("verify").ended_with_a_word():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(30)
 
@@ -127,7 +127,7 @@ def test_another_thread_than_the_main_one_sets_no_handler(monkeypatch: pytest.Mo
     inside = []
 
     def enter() -> None:
-        with LastWord("verify").on_sigterm():
+        with Teller("verify").ended_with_a_word():
             inside.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=enter)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import rank_jobs
 
-from tp_mamba.launch.failures import LaunchError
-from tp_mamba.launch.ranks import start_ranks
+from tp_mamba.launch.ranks.failures import LaunchError
+from tp_mamba.launch.ranks.start import start_ranks
 
 
 @pytest.fixture

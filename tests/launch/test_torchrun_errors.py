@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tp_mamba.launch import failures, telling
-from tp_mamba.launch.failures import RankFailure, sigterm_sentence
-from tp_mamba.launch.telling import is_teller
+from tp_mamba.launch.ranks import failures
+from tp_mamba.launch.ranks.failures import RankFailure, is_teller, sigterm_sentence
 
 HERE = Path(__file__).parent
 OWN = "tp-mamba generate: error: rank 1: the weights of this rank are bad"
@@ -57,21 +56,19 @@ def test_a_rank_that_ends(place: str, fault: str, told: list[str], sample: Path,
 
 def failure_of(rank: int, error: str = "ValueError") -> RankFailure:
     consequence = error != "ValueError"
-    return RankFailure(
-        rank=rank, error=error, sentence="bad", trace="", timestamp=time.time(), consequence=consequence
-    )
+    return RankFailure(rank=rank, error=error, sentence="bad", consequence=consequence)
 
 
 @pytest.fixture
 def join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """``join(rank, joined)``: be that rank of torchrun's, in the process group or not yet."""
-    monkeypatch.setattr(telling, "CONSEQUENCE_GRACE_S", 0.2)
+    monkeypatch.setattr(failures, "GRACE_S", 0.2)
     monkeypatch.setenv("WORLD_SIZE", "3")
 
     def as_rank(rank: int, joined: bool = True) -> None:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
-        monkeypatch.setattr(telling, "in_process_group", lambda: joined)
+        monkeypatch.setattr(failures, "in_process_group", lambda: joined)
 
     return as_rank
 
@@ -125,7 +122,7 @@ def test_torchruns_report_has_the_stack_if_asked(
     try:
         raise ValueError("the reason")
     except ValueError as error:
-        failures.record_failure(error, 1, debug=debug)
+        failures.leave_for_torchrun(RankFailure.of(error, 1), debug=debug)
     observed = ProcessFailure(local_rank=1, pid=1, exitcode=1, error_file=str(tmp_path / "error.json"))
     report = ChildFailedError("command", {1: observed}).format_msg()
     assert "the reason" in report

@@ -26,7 +26,7 @@ def test_plan_is_of_the_ranks_that_torchrun_started(
     extra: list[str], ranks: int, world, sample: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     world(0)
-    assert cli.verb_main("plan", [str(sample), "--json", *extra]) == 0
+    assert cli.main(["plan", str(sample), "--json", *extra]) == 0
     assert json.loads(capsys.readouterr().out)["ranks"] == ranks
 
 
@@ -35,8 +35,8 @@ def test_rank_0_alone_speaks(world, sample: Path, tmp_path: Path, capsys: pytest
     calls = {"plan": [], "info": ["--json"], "shard": [out, "--tp", "2"], "merge": [out]}
     world(1)
     for verb, extra in calls.items():
-        assert cli.verb_main(verb, [str(sample), *extra]) == 0
-        assert cli.verb_main(verb, [str(tmp_path / "none"), *extra]) == 0
+        assert cli.main([verb, str(sample), *extra]) == 0
+        assert cli.main([verb, str(tmp_path / "none"), *extra]) == 0
     assert capsys.readouterr() == ("", "")
     assert not list(tmp_path.iterdir())
     world(0)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tp_mamba.launch import cli, verify
+from tp_mamba.launch import cli
+from tp_mamba.launch.verbs import verify
 
 
 def test_one_and_two_ranks_against_transformers(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:

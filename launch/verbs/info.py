@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tp_mamba.launch.arguments import add_checkpoint
-from tp_mamba.launch.cli import verb_main
 from tp_mamba.launch.console import facts, human_bytes, print_json, show
 from tp_mamba.launch.published import PUBLISHED, Sizes
 
@@ -147,7 +145,3 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, object]]:
             more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             lines.append((kind.replace("_", " "), ", ".join(found[:SHOWN]) + more))
     return lines
-
-
-if __name__ == "__main__":
-    sys.exit(verb_main("info"))

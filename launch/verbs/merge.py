@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tp_mamba.launch.cli import verb_main
 from tp_mamba.launch.console import progress_bar, show_written
 
 if TYPE_CHECKING:
@@ -48,7 +46,3 @@ def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
         merge_checkpoint(args.checkpoint, args.out, progress, overwrite=args.overwrite)
     show_written(Path(args.out), time.perf_counter() - start, {}, as_json=args.json)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(verb_main("merge"))

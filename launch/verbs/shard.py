@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tp_mamba.launch.arguments import add_checkpoint, positive_int
-from tp_mamba.launch.cli import verb_main
 from tp_mamba.launch.console import progress_bar, show_written
 
 if TYPE_CHECKING:
@@ -53,7 +51,3 @@ def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
         shard_checkpoint(args.checkpoint, args.out, args.tp, progress, overwrite=args.overwrite)
     show_written(Path(args.out), time.perf_counter() - start, {"ranks": args.tp}, as_json=args.json)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(verb_main("shard"))

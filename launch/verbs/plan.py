@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tp_mamba.launch.arguments import DTYPES, add_checkpoint, positive_int
-from tp_mamba.launch.cli import verb_main
+from tp_mamba.launch.arguments import DTYPES, add_checkpoint, positive_int, torch_dtype
 from tp_mamba.launch.console import facts, human_bytes, print_json, show, table
 
 if TYPE_CHECKING:
@@ -182,7 +180,6 @@ def planned_dtype(checkpoint: str, declared: torch.dtype | None) -> tuple[torch.
 def make_plan(checkpoint: str, n: int, dtype: str | None) -> tuple[list[Row], dict[str, Any]]:
     """The rows and the totals of ``checkpoint`` over ``n`` ranks."""
     from tp_mamba.config import MambaConfig
-    from tp_mamba.launch.environment import torch_dtype
     from tp_mamba.model import MambaForCausalLM
     from tp_mamba.parallel.group import TensorParallel
 
@@ -256,7 +253,3 @@ def _totals(totals: dict[str, Any]) -> Table:
             ("communication a token", sent),
         ],
     )
-
-
-if __name__ == "__main__":
-    sys.exit(verb_main("plan"))

@@ -1,0 +1,1 @@
+"""What ``tp-mamba`` can do: one module per verb."""
