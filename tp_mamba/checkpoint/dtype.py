@@ -1,29 +1,59 @@
-"""The dtype a checkpoint's weights are stored in, for configurations that do not say."""
+"""The dtype that weights are stored in, and weights that are numbers of another kind: quantised ones."""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from math import prod
 
 import torch
 
 from tp_mamba.checkpoint.errors import CheckpointError
-from tp_mamba.checkpoint.matching import WEIGHT_DTYPES
 from tp_mamba.checkpoint.sources.base import TensorSource
+
+_PLAIN = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
+_PACKED = ("I8", "U8", "int8", "uint8")
 
 
 def checkpoint_dtype(source: TensorSource) -> torch.dtype:
-    """Dtype of the first ``in_proj.weight`` of ``source``, which stands for its weights.
+    """The floating dtype that most numbers of ``source`` have, for configurations that do not name one.
 
     Raises:
-        CheckpointError: there is none, or it is not of a weight's dtype.
+        CheckpointError: it has no tensor of a floating dtype that weights may have.
     """
-    name = next((name for name in source.names() if name.endswith(".in_proj.weight")), None)
-    if name is None:
+    names = [name for name in source.names() if source.dtype_name(name) in _PLAIN]
+    dtype = main_dtype((source.dtype(name), source.shape(name)) for name in names)
+    if dtype is None:
         raise CheckpointError(
-            "the checkpoint holds no in_proj.weight, so it has no Mamba layers: give the folder of a Mamba-1 model"
-        )
-    dtype = source.dtype(name)
-    if dtype not in WEIGHT_DTYPES:
-        raise CheckpointError(
-            f"{name} has dtype {str(dtype).removeprefix('torch.')}, which is no weight's: convert the checkpoint to "
-            "float32, bfloat16 or float16"
+            "the checkpoint holds no tensor in float32, bfloat16 or float16: convert it to one of them, or give the "
+            "folder of a Mamba-1 model"
         )
     return dtype
+
+
+def main_dtype(specs: Iterable[tuple[torch.dtype, tuple[int, ...]]]) -> torch.dtype | None:
+    """The floating dtype that most numbers of tensors of these dtypes and shapes have; None if none has one."""
+    numbers: Counter[torch.dtype] = Counter()
+    for dtype, shape in specs:
+        if dtype.is_floating_point and dtype.itemsize > 1:
+            numbers[dtype] += prod(shape)
+    return max(numbers, key=numbers.__getitem__, default=None)
+
+
+def quantized_tensor(source: TensorSource) -> tuple[str, str] | None:
+    """Name and dtype of the first tensor that shows ``source`` to be quantised; None where no dtype shows it.
+
+    That is, a matrix or vector of weights in one byte per number or less: float8 and float4 in any variant, and the
+    int8 or uint8 in which bitsandbytes and others pack numbers.
+    """
+    for name in source.names():
+        dtype = source.dtype_name(name)
+        if dtype in _PACKED:
+            packed = name.endswith(("weight", "_packed"))
+        else:
+            packed = dtype.lower().startswith(
+                ("f8", "f4", "f6", "float8", "float4", "i4", "u4", "int4", "uint4")
+            )
+        if packed:
+            return name, dtype
+    return None

@@ -40,6 +40,10 @@ class TensorSource(ABC):
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of tensor ``name`` in the file."""
 
+    def dtype_name(self, name: str) -> str:
+        """What the file calls that dtype; also where it is one that torch or this package does not have."""
+        return str(self.dtype(name)).removeprefix("torch.")
+
     @abstractmethod
     def read(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """``full.narrow(dim, start, stop - start)``; only that much is read."""

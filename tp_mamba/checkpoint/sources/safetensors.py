@@ -72,13 +72,16 @@ class SafetensorsSource(TensorSource):
         return tuple(self._slices[name].get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        stored = self._slices[name].get_dtype()
+        stored = self.dtype_name(name)
         if stored not in DTYPES:
             raise CheckpointError(
                 f"{shown(name)} in {shown_path(self._holder[name])} has dtype {shown(stored)}, which is not supported: "
                 "convert it to a float dtype"
             )
         return DTYPES[stored]
+
+    def dtype_name(self, name: str) -> str:
+        return str(self._slices[name].get_dtype())
 
     def read(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         if start == stop:
