@@ -4,7 +4,7 @@ import pytest
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.json_file import read_json_object
-from tp_mamba.checkpoint.quoting import quoted, shown, shown_path
+from tp_mamba.quoting import quoted, shown, shown_path
 
 HOSTILE = ["\x1b[31mred", "two\nlines", "\udc80", "\u202egnp.exe", "tab\t", "\x00", "\u2028", "\x9b2J"]
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.json_file import read_json_object
-from tp_mamba.checkpoint.quoting import quoted, shown, shown_path
+from tp_mamba.quoting import quoted, shown, shown_path
 
 GENERATION_CONFIG: Final = "generation_config.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
+from tp_mamba.errors import CheckpointError, ConfigError
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; the message is one sentence with the rule and the remedy."""
-
-
-class ConfigError(CheckpointError):
-    """A configuration does not describe a Mamba-1 model that this package can run."""
+__all__ = ["CheckpointError", "CheckpointWriteError", "ConfigError"]
 
 
 class CheckpointWriteError(OSError, CheckpointError):

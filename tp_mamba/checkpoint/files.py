@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tp_mamba.checkpoint.errors import CheckpointError
-from tp_mamba.checkpoint.quoting import shown, shown_path
+from tp_mamba.quoting import shown, shown_path
 
 CONFIG: Final = "config.json"
 SAFETENSORS: Final = "model.safetensors"

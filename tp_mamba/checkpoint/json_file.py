@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tp_mamba.checkpoint.errors import CheckpointError
-from tp_mamba.checkpoint.quoting import shown, shown_path
+from tp_mamba.quoting import shown, shown_path
 
 
 def read_json_object(

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from tp_mamba.checkpoint.quoting import shown, shown_path
+from tp_mamba.quoting import shown, shown_path
 
 _NEW: Final = "new"
 _OLD: Final = "old"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.matching import Entry, Matching, match, verify_tied
@@ -14,14 +13,12 @@ from tp_mamba.checkpoint.progress import Progress
 from tp_mamba.checkpoint.sources.base import TensorSource
 from tp_mamba.checkpoint.sources.open import open_source
 from tp_mamba.checkpoint.sources.shards import local_shape
+from tp_mamba.mixer import MambaMixer
+from tp_mamba.models.base import CausalLM
 from tp_mamba.parallel.sharding import ShardedTensor, sharded_tensors
 
-if TYPE_CHECKING:
-    from tp_mamba.mixer import MambaMixer
-    from tp_mamba.model import MambaForCausalLM
 
-
-def load_model(model: MambaForCausalLM, folder: str | Path, progress: Progress | None = None) -> None:
+def load_model(model: CausalLM, folder: str | Path, progress: Progress | None = None) -> None:
     """Fill every parameter of ``model`` from the checkpoint in ``folder``; every rank calls this.
 
     All names, shapes and dtypes are checked, from headers, before the first weight is read.
@@ -34,7 +31,7 @@ def load_model(model: MambaForCausalLM, folder: str | Path, progress: Progress |
         load_rank(model, folder, progress)
 
 
-def load_rank(model: MambaForCausalLM, folder: str | Path, progress: Progress | None = None) -> TensorSource:
+def load_rank(model: CausalLM, folder: str | Path, progress: Progress | None = None) -> TensorSource:
     """:func:`load_model` for this rank alone, without a word to the others.
 
     Returns:

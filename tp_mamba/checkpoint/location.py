@@ -21,7 +21,7 @@ from tp_mamba.checkpoint.files import (
     refuse_adapter,
 )
 from tp_mamba.checkpoint.leftovers import recover
-from tp_mamba.checkpoint.quoting import NAME_LIMIT, shown, shown_path
+from tp_mamba.quoting import NAME_LIMIT, shown, shown_path
 
 _HUB_TIMEOUT_S: Final = 10.0
 """How long the hub may take to answer before a name counts as unreachable."""

@@ -10,7 +10,7 @@ from tp_mamba.checkpoint.atomic import put_in_place
 from tp_mamba.checkpoint.errors import CheckpointError, CheckpointWriteError
 from tp_mamba.checkpoint.files import is_checkpoint_file
 from tp_mamba.checkpoint.leftovers import recover, workplace
-from tp_mamba.checkpoint.quoting import shown, shown_path
+from tp_mamba.quoting import shown, shown_path
 
 
 @contextmanager

@@ -6,26 +6,22 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 
 from tp_mamba.checkpoint.files import CONFIG, SAFETENSORS, copy_companions, write_json
 from tp_mamba.checkpoint.replace import replacing, writing
 from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
+from tp_mamba.models.base import CausalLM
+from tp_mamba.models.config import MambaConfig
 from tp_mamba.parallel.sharding import ShardedTensor, sharded_tensors
-
-if TYPE_CHECKING:
-    from tp_mamba.config import MambaConfig
-    from tp_mamba.model import MambaForCausalLM
 
 MAX_SHARD_BYTES: Final = 5 * 10**9
 """Files larger than this are split, as the hub's own tools do."""
 
 
-def save_model(
-    model: MambaForCausalLM, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
+def save_model(model: CausalLM, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write ``model`` to ``folder`` as transformers would; every rank calls this, rank 0 writes.
 
     Tensors are gathered one at a time; halves are merged and padding is trimmed. A, D and dt bias are written in
@@ -99,7 +95,7 @@ def write_description(
 
 
 def _write_file(
-    model: MambaForCausalLM,
+    model: CausalLM,
     target: Path,
     path: Path | None,
     specs: Mapping[str, Spec],

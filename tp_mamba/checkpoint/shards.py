@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from tp_mamba.checkpoint.config import read_config
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import CONFIG, MANIFEST, copy_companions, write_json
 from tp_mamba.checkpoint.location import resolve
@@ -20,8 +21,8 @@ from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbyt
 from tp_mamba.checkpoint.save import plan_files, write_description
 from tp_mamba.checkpoint.sources.open import TensorSource, open_source
 from tp_mamba.checkpoint.sources.shards import local_shape, manifest, shard_file_name
-from tp_mamba.config import MambaConfig
-from tp_mamba.model import MambaForCausalLM
+from tp_mamba.models.base import CausalLM
+from tp_mamba.models.config import MambaConfig
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.parallel.sharding import sharded_tensors
 
@@ -48,7 +49,7 @@ def shard_checkpoint(
         CheckpointWriteError: ``out`` cannot be written; what stood there stays.
     """
     origin = _resolve_beside(folder, out, overwrite=overwrite)
-    config = MambaConfig.from_pretrained(origin)
+    config = read_config(origin, MambaConfig)
     _check_rank_count(origin, config, tp_size)
     source, matching = _open(origin, config)
     entries = {entry.name: entry for entry in matching}
@@ -87,7 +88,7 @@ def merge_checkpoint(
         CheckpointWriteError: ``out`` cannot be written; what stood there stays.
     """
     origin = _resolve_beside(folder, out, overwrite=overwrite)
-    config = MambaConfig.from_pretrained(origin)
+    config = read_config(origin, MambaConfig)
     source, matching = _open(origin, config)
     entries = {name: (entry, i) for entry in matching for i, name in enumerate(entry.tensor.names)}
     specs: dict[str, Spec] = {
@@ -126,7 +127,7 @@ def _check_rank_count(origin: Path, config: MambaConfig, n: int) -> None:
 
 def _open(folder: Path, config: MambaConfig) -> tuple[TensorSource, Matching]:
     source = open_source(folder)
-    model = MambaForCausalLM(config, tp=TensorParallel.virtual(0, 1), device="meta")
+    model = CausalLM(config, tp=TensorParallel.virtual(0, 1), device="meta")
     matching = match(sharded_tensors(model), source)
     verify_tied(source, matching, 0, 1)
     return source, matching

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +14,8 @@ from tp_mamba.batch import MambaMetadataBuilder, copy_to_device
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.request import ActiveSequence, TokenEvent
 from tp_mamba.engine.sampler import NOT_FINITE, choose
-
-if TYPE_CHECKING:
-    from tp_mamba.model import MambaForCausalLM
+from tp_mamba.models.base import CausalLM
+from tp_mamba.state.store import MambaCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class Engine:
 
     def __init__(
         self,
-        model: MambaForCausalLM,
+        model: CausalLM,
         sequences: Iterable[ActiveSequence],
         params: SamplingParams,
         *,
@@ -56,7 +54,7 @@ class Engine:
         self._model, self._params, self._max_prefill_tokens = model, params, max_prefill_tokens
         self._waiting = deque(sequences)
         self._running: list[ActiveSequence] = []
-        self._cache = model.new_cache(slots)
+        self._cache = MambaCache(model.mixers(), slots)
         self._builder = MambaMetadataBuilder(model.device)
         self._usable = usable
         # Which ids each slot's prompt and text hold, for the repetition penalty alone.

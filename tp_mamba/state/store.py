@@ -60,6 +60,11 @@ class MambaCache:
         return MambaState(self.conv_states[index], self.ssm_states[index])
 
     @property
+    def num_layers(self) -> int:
+        """How many layers it keeps states of."""
+        return int(self.conv_states.shape[0])
+
+    @property
     def num_free(self) -> int:
         """Slots that :meth:`allocate` can still hand out."""
         return len(self._free)

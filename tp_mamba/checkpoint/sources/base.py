@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from tp_mamba.checkpoint.errors import CheckpointError
-from tp_mamba.checkpoint.quoting import shown, shown_path
+from tp_mamba.quoting import shown, shown_path
 
 _OF_DIFFERENT: Final = "index and files are of different checkpoints, fetch them again"
 

@@ -12,9 +12,9 @@ import torch
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import refuse_lfs_pointer
-from tp_mamba.checkpoint.quoting import quoted, shown, shown_path
 from tp_mamba.checkpoint.sources.base import TensorSource, merge_listings
 from tp_mamba.checkpoint.sources.pickle_globals import foreign_call
+from tp_mamba.quoting import quoted, shown, shown_path
 
 _BEGINNINGS: Final = (b"PK\x03\x04", b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.")
 """How files of torch.save begin: a zip file, and before 2020 a pickled magic number."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import BIN, MANIFEST, SAFETENSORS
 from tp_mamba.checkpoint.json_file import read_json_object
-from tp_mamba.checkpoint.quoting import shown, shown_path
+from tp_mamba.quoting import shown, shown_path
 
 _SHARD_FILE = re.compile(r"model-tp-\d{5,}-of-\d{5,}\.safetensors")
 

@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import refuse_lfs_pointer
-from tp_mamba.checkpoint.quoting import shown, shown_path
 from tp_mamba.checkpoint.sources.base import TensorSource, merge_listings
+from tp_mamba.quoting import shown, shown_path
 
 DTYPES: Final = {
     "F64": torch.float64,

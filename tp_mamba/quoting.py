@@ -14,7 +14,14 @@ NAME_LIMIT: Final = 120
 PATH_LIMIT: Final = 400
 """Characters of a path that a message shows."""
 
-_REPR: Final = Repr()
+
+class _Short(Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write a number of more than 4,300 digits in decimal.
+        return super().repr_int(x, level) if x.bit_length() <= 1024 else f"<{x.bit_length()} bits>"
+
+
+_REPR: Final = _Short()
 _REPR.maxlevel, _REPR.maxdict, _REPR.maxlist = 2, 4, 4
 _REPR.maxstring = _REPR.maxother = NAME_LIMIT
 

@@ -1,0 +1,75 @@
+"""config.json of each dialect, as published."""
+
+RAW = {
+    "d_model": 2560,
+    "n_layer": 64,
+    "vocab_size": 50277,
+    "ssm_cfg": {},
+    "rms_norm": True,
+    "residual_in_fp32": True,
+    "fused_add_norm": True,
+    "pad_vocab_size_multiple": 8,
+}
+HF = {
+    "architectures": ["MambaForCausalLM"],
+    "model_type": "mamba",
+    "hidden_size": 2560,
+    "num_hidden_layers": 64,
+    "state_size": 16,
+    "conv_kernel": 4,
+    "expand": 2,
+    "intermediate_size": 5120,
+    "time_step_rank": 160,
+    "vocab_size": 50280,
+    "layer_norm_epsilon": 1e-5,
+    "residual_in_fp32": True,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "hidden_act": "silu",
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "torch_dtype": "float32",
+    "time_step_min": 0.001,
+    "initializer_range": 0.1,
+    "d_model": 2560,
+    "ssm_cfg": {},
+    "pad_vocab_size_multiple": 8,
+}
+FALCON = {
+    "architectures": ["FalconMambaForCausalLM"],
+    "model_type": "falcon_mamba",
+    "hidden_size": 4096,
+    "intermediate_size": 8192,
+    "expand": 16,
+    "num_hidden_layers": 64,
+    "state_size": 16,
+    "conv_kernel": 4,
+    "time_step_rank": 256,
+    "vocab_size": 65024,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 11,
+    "pad_token_id": 11,
+    "torch_dtype": "bfloat16",
+}
+JAMBA = {
+    "model_type": "jamba",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_dt_rank": 256,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 65536,
+    "eos_token_id": [2, 518],
+    "num_attention_heads": 32,
+    "torch_dtype": "bfloat16",
+}
+
+
+def without(fields, *keys):
+    return {key: value for key, value in fields.items() if key not in keys}

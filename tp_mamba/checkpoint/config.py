@@ -1,0 +1,41 @@
+"""config.json of a checkpoint folder, read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final, TypeVar
+
+from tp_mamba.checkpoint.files import CONFIG
+from tp_mamba.checkpoint.json_file import read_json_object
+from tp_mamba.errors import ConfigError
+from tp_mamba.models.config import MambaConfig
+from tp_mamba.quoting import shown_path
+
+Config = TypeVar("Config", bound=MambaConfig)
+
+_REMEDY: Final = "fetch or write it again"
+
+
+def read_config(folder: Path, kind: type[Config]) -> Config:
+    """The model that ``folder``'s config.json describes, as a ``kind``.
+
+    Raises:
+        ConfigError: there is none, it is not a JSON object, or it is not of a Mamba-1 model; the file is named.
+    """
+    path = folder / CONFIG
+    try:
+        fields = read_json_object(path, remedy=_REMEDY, error=ConfigError)
+    except FileNotFoundError:
+        raise ConfigError(f"{shown_path(folder)} has no {CONFIG}: give the folder of a checkpoint") from None
+    try:
+        # "\ud800" alone is JSON and no text: it could not be written back.
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{shown_path(path)} holds half of a surrogate pair, which is no text: {_REMEDY}"
+        ) from None
+    try:
+        return kind.from_dict(fields)
+    except ConfigError as error:
+        raise ConfigError(f"{shown_path(path)}: {error}") from None

@@ -1,0 +1,95 @@
+"""The block that the families share, a norm and a mixer, and the mixer that a configuration describes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tp_mamba.batch import MambaMetadata
+from tp_mamba.layers.norm import RMSNorm
+from tp_mamba.mixer import MambaMixer, MambaState
+from tp_mamba.models.config import MambaConfig
+from tp_mamba.parallel.group import TensorParallel
+
+
+def build_mixer(
+    config: MambaConfig,
+    *,
+    tp: TensorParallel | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    prefix: str = "",
+) -> MambaMixer:
+    """The mixer that ``config`` describes (Mamba, FalconMamba or one of Jamba's Mamba layers).
+
+    Args:
+        tp: the ranks; one rank by default.
+        dtype, device: of the parameters; torch's defaults by default.
+        prefix: the mixer's name in checkpoints and messages.
+
+    Raises:
+        ValueError: more ranks than channels, or a dtype that parameters cannot have.
+    """
+    return MambaMixer(
+        config.hidden_size,
+        config.state_size,
+        config.conv_kernel,
+        config.intermediate_size,
+        config.time_step_rank,
+        use_conv_bias=config.use_conv_bias,
+        use_bias=config.use_bias,
+        use_rms_norm=config.mixer_norm != "none",
+        rms_norm_has_weight=config.mixer_norm == "weighted",
+        rms_norm_eps=config.mixer_rms_eps,
+        activation=config.hidden_act,
+        prefix=prefix,
+        tp=tp,
+        dtype=dtype,
+        device=device,
+    )
+
+
+class MambaBlock(nn.Module):
+    """``residual += h; h = mixer(norm(residual))``."""
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        index: int,
+        *,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        prefix: str,
+    ) -> None:
+        """Block ``index`` of a model, all of whose blocks are alike; ``prefix`` is its name in checkpoints."""
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = RMSNorm(
+            config.hidden_size,
+            config.layer_norm_epsilon,
+            tp=tp,
+            dtype=dtype,
+            device=device,
+            prefix=f"{prefix}.norm",
+        )
+        self.mixer = build_mixer(config, tp=tp, dtype=dtype, device=device, prefix=f"{prefix}.mixer")
+
+    def forward(
+        self,
+        h_TH: torch.Tensor,
+        residual_TH: torch.Tensor | None,
+        metadata: MambaMetadata,
+        state: MambaState | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``h [T, H]`` and the running residual (None before the first block) -> the same two."""
+        h_TH, residual_TH = self.norm.add(h_TH, residual_TH, residual_in_fp32=self.residual_in_fp32)
+        return self.mixer(h_TH, metadata, state), residual_TH
+
+    @torch.no_grad()
+    def scale_residual_branch(self, layers: int) -> None:
+        """mamba_ssm's ``_init_weights``: each of ``layers`` branches starts ``1 / sqrt(layers)`` as large."""
+        self.mixer.out_proj.weight.div_(layers**0.5)
+        for projection in (self.mixer.in_proj, self.mixer.out_proj):
+            if projection.bias is not None:
+                projection.bias.zero_()
