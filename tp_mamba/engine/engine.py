@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,6 @@ from tp_mamba.batch import MambaMetadataBuilder, copy_to_device
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.request import ActiveSequence, TokenEvent
 from tp_mamba.engine.sampler import NOT_FINITE, choose
-from tp_mamba.models.base import CausalLM
-from tp_mamba.state.store import MambaCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Engine:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: Any,
         sequences: Iterable[ActiveSequence],
         params: SamplingParams,
         *,
@@ -54,7 +53,7 @@ class Engine:
         self._model, self._params, self._max_prefill_tokens = model, params, max_prefill_tokens
         self._waiting = deque(sequences)
         self._running: list[ActiveSequence] = []
-        self._cache = MambaCache(model.mixers(), slots)
+        self._cache = model.new_cache(slots)
         self._builder = MambaMetadataBuilder(model.device)
         self._usable = usable
         # Which ids each slot's prompt and text hold, for the repetition penalty alone.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from tp_mamba.engine.engine import Engine
 from tp_mamba.engine.params import SamplingParams, integer
 from tp_mamba.engine.request import ActiveSequence, FinishReason, TokenEvent
-from tp_mamba.models.base import CausalLM
 from tp_mamba.text.detokenizer import special_token_ids
 from tp_mamba.text.tokenizer import end_of_ids
 
@@ -27,7 +27,7 @@ class GenerationResult:
 
 
 def generate(
-    model: CausalLM,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | None = None,
     tokenizer: Tokenizer | None = None,
@@ -62,7 +62,7 @@ def generate(
 
 
 def stream(
-    model: CausalLM,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | None = None,
     tokenizer: Tokenizer | None = None,
@@ -118,7 +118,7 @@ def stream(
 
 
 def _events(
-    model: CausalLM,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     tokenizer: Tokenizer | None,
