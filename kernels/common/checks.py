@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -13,7 +13,20 @@ from tp_mamba.kernels.common.dtypes import FLOATS
 P = ParamSpec("P")
 R = TypeVar("R")
 
+
+class Operand(Protocol):
+    """What a check asks of an argument: a tensor, or a remembered one's form."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
 Named = tuple[str, torch.Tensor | None]
+NamedOperands = Iterable[tuple[str, Operand | None]]
 
 PAD_SLOT_NAME = "it is called pad_slot_id here"
 PREFIX_CACHING = "for states at block boundaries, cut the sequences there and call once a piece"
@@ -21,7 +34,7 @@ SPECULATION = "copy the state after each drafted token and go on from the copy o
 """Remedies for keywords of vLLM, as :func:`not_supported` takes them."""
 
 
-def check_shape(op: str, name: str, tensor: torch.Tensor | None, letters: str, shape: Sequence[int]) -> None:
+def check_shape(op: str, name: str, tensor: Operand | None, letters: str, shape: Sequence[int]) -> None:
     """Raise ValueError unless ``tensor`` (None passes) has ``shape``, which ``letters`` spell, as in ``[B, D, L]``."""
     if tensor is not None and tuple(tensor.shape) != tuple(shape):
         raise ValueError(
@@ -30,7 +43,7 @@ def check_shape(op: str, name: str, tensor: torch.Tensor | None, letters: str, s
         )
 
 
-def check_floating(op: str, tensors: Sequence[Named]) -> None:
+def check_floating(op: str, tensors: NamedOperands) -> None:
     """Raise ValueError for a tensor whose dtype is not one of ``DTYPES``."""
     for name, tensor in tensors:
         if tensor is not None:
@@ -82,7 +95,7 @@ def check_mask(op: str, name: str, tensor: torch.Tensor | None) -> None:
         raise ValueError(f"{op}: {name} has dtype {tensor.dtype} but must be bool; convert it")
 
 
-def check_device(op: str, device: torch.device, first: str, tensors: Sequence[Named]) -> None:
+def check_device(op: str, device: torch.device, first: str, tensors: NamedOperands) -> None:
     """Raise ValueError for a tensor that is not on ``device``, where the argument named ``first`` is."""
     for name, tensor in tensors:
         if tensor is not None and tensor.device != device:

@@ -1,4 +1,4 @@
-"""RMSNorm over the last axis, and RMSNorm with residual add.
+"""RMSNorm over the last dimension, and RMSNorm with residual add.
 
     rms_norm(x)        = x / sqrt(mean(x^2) + eps) * weight
     add_rms_norm(x, r) = rms_norm(x + r), x + r
@@ -10,10 +10,14 @@ sees ``x + r`` before it is rounded to the residual's dtype.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from tp_mamba.kernels.common.checks import check_device, check_dtype, check_floating, refuse_grad
-from tp_mamba.kernels.common.dispatch import use_triton
+from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
+from tp_mamba.kernels.common.remember import Form, Key, forms, key_of, remembered
+from tp_mamba.kernels.common.static_operands import declare_static_operands
 
 
 def _run(
@@ -28,18 +32,25 @@ def _run(
         from tp_mamba.kernels.rms_norm.any import launch as run
     else:
         from tp_mamba.kernels.rms_norm.cpu import rms_norm_cpu as run
-    H = x.shape[-1]
-    out = x.new_empty(x.shape, dtype=out_dtype)
-    new_residual = None if residual_dtype is None else x.new_empty(x.shape, dtype=residual_dtype)
-    run(
-        out.view(-1, H),
-        x.reshape(-1, H),
-        None if residual is None else residual.reshape(-1, H),
-        None if new_residual is None else new_residual.view(-1, H),
-        weight,
-        eps,
+    out = torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
+    new_residual = (
+        None
+        if residual_dtype is None
+        else torch.empty_like(x, dtype=residual_dtype, memory_format=torch.contiguous_format)
     )
+    if x.dim() == 2:
+        run(out, x, residual, new_residual, weight, eps)
+    else:
+        run(_rows(out), _rows(x), _rows(residual), _rows(new_residual), weight, eps)
     return out, new_residual
+
+
+@overload
+def _rows(x: torch.Tensor) -> torch.Tensor: ...
+@overload
+def _rows(x: torch.Tensor | None) -> torch.Tensor | None: ...
+def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.reshape(-1, x.shape[-1])
 
 
 def _rms_norm(
@@ -69,6 +80,8 @@ torch.library.define(
 )
 torch.library.impl("tp_mamba::rms_norm", ("cpu", "cuda"), _rms_norm)
 torch.library.impl("tp_mamba::add_rms_norm", ("cpu", "cuda"), _add_rms_norm)
+declare_static_operands("tp_mamba::rms_norm", "weight")
+declare_static_operands("tp_mamba::add_rms_norm", "weight")
 
 
 @torch.library.register_fake("tp_mamba::rms_norm")
@@ -97,7 +110,7 @@ def rms_norm(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Normalise the last axis of ``x`` by its root mean square.
+    """Normalise the last dimension of ``x`` by its root mean square.
 
     Args:
         x: ``[..., H]``; float32, bfloat16, float16 or float64. Rows may be columns of a wider tensor.
@@ -114,7 +127,8 @@ def rms_norm(
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype
     _check("rms_norm", x, weight, None, out_dtype)
-    return torch.ops.tp_mamba.rms_norm(x, weight, eps, out_dtype)
+    op = _rms_norm if calls_directly(x, weight) else torch.ops.tp_mamba.rms_norm
+    return op(x, weight, eps, out_dtype)
 
 
 def add_rms_norm(
@@ -146,7 +160,8 @@ def add_rms_norm(
     out_dtype = x.dtype if out_dtype is None else out_dtype
     _check("add_rms_norm", x, weight, residual, out_dtype)
     residual_dtype = torch.float32 if residual_in_fp32 and x.dtype != torch.float64 else x.dtype
-    return torch.ops.tp_mamba.add_rms_norm(x, residual, weight, eps, residual_dtype, out_dtype)
+    op = _add_rms_norm if calls_directly(x, residual, weight) else torch.ops.tp_mamba.add_rms_norm
+    return op(x, residual, weight, eps, residual_dtype, out_dtype)
 
 
 def _check(
@@ -157,18 +172,24 @@ def _check(
     out_dtype: torch.dtype,
 ) -> None:
     """Refuse wrong shapes, dtypes, devices, and inputs that want a gradient."""
-    if x.dim() == 0 or x.shape[-1] == 0:
+    _check_call(op, key_of(x), key_of(weight), key_of(residual), out_dtype)
+    refuse_grad(op, (("x", x), ("weight", weight), ("residual", residual)))
+
+
+@remembered
+def _check_call(
+    op: str, x_key: Key, weight: Key | None, residual: Key | None, out_dtype: torch.dtype
+) -> None:
+    x = Form(*x_key)
+    if len(x.shape) == 0 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x has shape {list(x.shape)}: expected [..., H] with at least one column")
-    if weight is not None and weight.shape != x.shape[-1:]:
+    if weight is not None and weight[0] != x.shape[-1:]:
         raise ValueError(
-            f"{op}: weight has shape {list(weight.shape)}: expected [{x.shape[-1]}], a value a column"
+            f"{op}: weight has shape {list(weight[0])}: expected [{x.shape[-1]}], one value per column"
         )
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"{op}: residual has shape {list(residual.shape)}: expected that of x, {list(x.shape)}"
-        )
+    if residual is not None and residual[0] != x.shape:
+        raise ValueError(f"{op}: residual has shape {list(residual[0])}: expected that of x, {list(x.shape)}")
     check_dtype(op, "out_dtype is", out_dtype)
-    inputs = [("x", x), ("weight", weight), ("residual", residual)]
+    inputs = forms(x=x_key, weight=weight, residual=residual)
     check_floating(op, inputs)
     check_device(op, x.device, "x", inputs)
-    refuse_grad(op, inputs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tp_mamba.kernels.common.dtypes import wide_dtype
+
 
 def rms_norm_cpu(
     out: torch.Tensor,
@@ -13,8 +15,8 @@ def rms_norm_cpu(
     weight: torch.Tensor | None,
     eps: float,
 ) -> None:
-    """Same contract as ``rms_norm_triton.launch``."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    """Same contract as ``any.launch``."""
+    dtype = wide_dtype(x.dtype)
     total = x.to(dtype)
     if residual is not None:
         # Straight into its destination where that has the precision of the sum.

@@ -4,7 +4,9 @@
     dt, B, C = rms_norm(dt), rms_norm(B), rms_norm(C)        # FalconMamba; with weights: Jamba
 
 B and C leave in float32, in which the scan works, as halves of one tensor ``[T, 2 N]``: the scan reaches both of a
-token from one address. Norms are computed and rounded as in ``rms_norm.py``.
+token from one address. Norms are computed and rounded as in ``rms_norm``.
+
+Bits: on a GPU a row's bits depend neither on the other rows nor on whether x comes whole or in slices.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ from tp_mamba.kernels.common.checks import (
     refuse_grad,
     without_gaps,
 )
-from tp_mamba.kernels.common.dispatch import use_triton
+from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
+from tp_mamba.kernels.common.dtypes import wide_dtype
 from tp_mamba.kernels.common.limits import MAX_STATE_SIZE
+from tp_mamba.kernels.common.remember import Form, Key, forms, key_of, remembered
+from tp_mamba.kernels.common.static_operands import declare_static_operands
 
 _OP = "split_dt_bc"
 
@@ -31,11 +36,9 @@ torch.library.define(
 )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+declare_static_operands("tp_mamba::split_dt_bc", "dt_weight", "b_weight", "c_weight")
 
 
-@torch.library.impl("tp_mamba::split_dt_bc", ("cpu", "cuda"))
 def _split_dt_bc(
     x: torch.Tensor,
     time_step_rank: int,
@@ -47,13 +50,17 @@ def _split_dt_bc(
     dt_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if use_triton(x):
-        from tp_mamba.kernels.split_dt_bc.mixer import launch as run
+        from tp_mamba.kernels.split_dt_bc.any import launch as run
     else:
         from tp_mamba.kernels.split_dt_bc.cpu import split_dt_bc_cpu as run
-    dt = x.new_empty(x.shape[-2], time_step_rank, dtype=dt_dtype)
-    bc = x.new_empty(x.shape[-2], 2 * state_size, dtype=_wide(x.dtype))
+    T, device = x.shape[-2], x.device
+    dt = torch.empty(T, time_step_rank, dtype=dt_dtype, device=device)
+    bc = torch.empty(T, 2 * state_size, dtype=wide_dtype(x.dtype), device=device)
     run(dt, bc, x, without_gaps(dt_weight), without_gaps(b_weight), without_gaps(c_weight), eps)
     return dt, bc
+
+
+torch.library.impl("tp_mamba::split_dt_bc", ("cpu", "cuda"), _split_dt_bc)
 
 
 @torch.library.register_fake("tp_mamba::split_dt_bc")
@@ -68,7 +75,7 @@ def _split_dt_bc_fake(
     dt_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dt = x.new_empty(x.shape[-2], time_step_rank, dtype=dt_dtype)
-    return dt, x.new_empty(x.shape[-2], 2 * state_size, dtype=_wide(x.dtype))
+    return dt, x.new_empty(x.shape[-2], 2 * state_size, dtype=wide_dtype(x.dtype))
 
 
 def split_dt_bc(
@@ -106,7 +113,30 @@ def split_dt_bc(
     """
     R, N = time_step_rank, state_size
     dt_dtype = x.dtype if dt_dtype is None else dt_dtype
-    weights = [("dt_weight", dt_weight), ("b_weight", b_weight), ("c_weight", c_weight)]
+    _check(key_of(x), R, N, key_of(dt_weight), key_of(b_weight), key_of(c_weight), eps is not None, dt_dtype)
+    if eps is None and x.dim() == 2:
+        as_it_is = dt_dtype == x.dtype == wide_dtype(x.dtype) and x.is_cpu and not use_triton(x)
+        if as_it_is or (torch.is_grad_enabled() and x.requires_grad):  # casts alone have torch's gradients
+            dt, B, C = x.split([R, N, N], dim=1)
+            return dt.to(dt_dtype), B.to(wide_dtype(x.dtype)), C.to(wide_dtype(x.dtype))
+    refuse_grad(_OP, (("x", x), ("dt_weight", dt_weight), ("b_weight", b_weight), ("c_weight", c_weight)))
+    op = _split_dt_bc if calls_directly(x, dt_weight, b_weight, c_weight) else torch.ops.tp_mamba.split_dt_bc
+    dt, bc = op(x, R, N, dt_weight, b_weight, c_weight, eps, dt_dtype)
+    return dt, bc[:, :N], bc[:, N:]
+
+
+@remembered
+def _check(
+    x_key: Key,
+    R: int,
+    N: int,
+    dt_weight: Key | None,
+    b_weight: Key | None,
+    c_weight: Key | None,
+    normed: bool,
+    dt_dtype: torch.dtype,
+) -> None:
+    x, weights = Form(*x_key), forms(dt_weight=dt_weight, b_weight=b_weight, c_weight=c_weight)
     inputs = [("x", x), *weights]
     check_dtype(_OP, "dt_dtype is", dt_dtype)
     check_floating(_OP, inputs)
@@ -115,35 +145,19 @@ def split_dt_bc(
         raise ValueError(f"{_OP}: time_step_rank is {R} but must be at least 1; pass the columns of dt")
     if not 1 <= N <= MAX_STATE_SIZE:
         raise ValueError(f"{_OP}: state_size is {N} but must be 1 to {MAX_STATE_SIZE}; pass the columns of B")
-    if x.dim() not in (2, 3) or x.shape[-1] != R + 2 * N:
+    if len(x.shape) not in (2, 3) or x.shape[-1] != R + 2 * N:
         raise ValueError(
             f"{_OP}: x has shape {list(x.shape)} but must be [T, R + 2 N] = [T, {R + 2 * N}]; pass all of x_proj's "
             "output"
         )
-    if x.dim() == 3 and (len(x) == 0 or x.dtype != _wide(x.dtype)):
+    if len(x.shape) == 3 and (x.shape[0] == 0 or x.dtype != wide_dtype(x.dtype)):
         raise ValueError(
             f"{_OP}: x has shape {list(x.shape)} and dtype {x.dtype}, but slices to be added up must be at least one, "
             "in float32 or float64; pass what skinny_linear_slices gives"
         )
-    check_shape(_OP, "dt_weight", dt_weight, "[R]", (R,))
-    check_shape(_OP, "b_weight", b_weight, "[N]", (N,))
-    check_shape(_OP, "c_weight", c_weight, "[N]", (N,))
-    if eps is None:
-        for name, weight in weights:
-            if weight is not None:
-                raise ValueError(
-                    f"{_OP}: {name} is given but eps is None, so nothing is normalised; pass eps too"
-                )
-    if (
-        x.dim() == 2 and eps is None and torch.is_grad_enabled() and x.requires_grad
-    ):  # casts alone, whose gradients torch has
-        dt, B, C = x.split([R, N, N], dim=1)
-        return dt.to(dt_dtype), B.to(_wide(x.dtype)), C.to(_wide(x.dtype))
-    refuse_grad(_OP, inputs)
-
-    casts = eps is not None or x.dtype != dt_dtype or x.dtype != _wide(x.dtype)
-    if x.dim() == 2 and not casts and x.device.type == "cpu" and not use_triton(x):
-        dt, B, C = x.split([R, N, N], dim=1)
-        return dt, B, C
-    dt, bc = torch.ops.tp_mamba.split_dt_bc(x, R, N, dt_weight, b_weight, c_weight, eps, dt_dtype)
-    return dt, bc[:, :N], bc[:, N:]
+    for (name, weight), (letters, size) in zip(weights, (("[R]", R), ("[N]", N), ("[N]", N)), strict=True):
+        check_shape(_OP, name, weight, letters, (size,))
+        if weight is not None and not normed:
+            raise ValueError(
+                f"{_OP}: {name} is given but eps is None, so nothing is normalised; pass eps too"
+            )

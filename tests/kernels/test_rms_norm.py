@@ -158,6 +158,7 @@ def record(
     return kernel, launch
 
 
+@pytest.mark.pinned_toolchain
 @pytest.mark.parametrize("H", [16, 4096, 16384])
 def test_kernel_compiles_for_sm90_vectorised_without_spills(
     H: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -1,10 +1,11 @@
 """Triton kernel that cuts x_proj's output into dt, B and C, with or without their norms: one read, one write.
 
 B and C of T tokens are ``2 T`` rows of N columns that lie one after another, in ``x`` as in ``bc``: one tile holds
-both. A row is summed within one program in an order that depends on its length, and on whether x comes in
-slices, alone: its bits depend neither on the other rows nor on their number.
+both. x_proj's product of few rows may come in slices of the inner dimension: they are added up here, which saves a
+kernel between the two.
 
-Of a few rows, x_proj's product may come in slices of K: they are added up here, which saves a kernel between the two.
+Bits: a row is summed within one program in an order that depends on its length and on the dtype of dt, whether x comes
+in slices or not (``launch.py``): neither on the other rows nor on their number.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment"
@@ -18,14 +19,15 @@ import triton.language as tl
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
 from tp_mamba.kernels.common.dialect import tree_at
 from tp_mamba.kernels.common.integers import cdiv, next_power_of_2
+from tp_mamba.kernels.split_dt_bc.launch import launch_plan
 
 
 @triton.jit(do_not_specialize=["T"])
 def _split_kernel(
-    dt_ptr,  # [T, R] contiguous, any float, written
-    bc_ptr,  # [T, 2 N] float32 contiguous, written
-    x_ptr,  # [T, R + 2 N], any float, or [COUNT, T, R + 2 N] contiguous, read
-    dt_weight_ptr,  # [R] contiguous, any float, or None, read
+    dt_ptr,  # [T, R] contiguous, any float, out
+    bc_ptr,  # [T, 2 N] float32 contiguous, out
+    x_ptr,  # [T, R + 2 N], any float, or [COUNT, T, R + 2 N] float32 contiguous, in
+    dt_weight_ptr,  # [R] contiguous, any float, or None, in
     b_weight_ptr,  # [N], the same
     c_weight_ptr,  # [N], the same
     T,
@@ -96,19 +98,17 @@ def launch(
     (T, R), N = dt.shape, bc.shape[1] // 2
     if T == 0:
         return
-    block_r, block_n = next_power_of_2(R), next_power_of_2(N)
-    # Four rows or, of short ones, more; up to R = 256 no sum leaves its warp.
-    block_t = max(4, 2048 // next_power_of_2(block_r + 2 * block_n))
-    count = 1
-    if x.dim() == 3:
+    count, in_slices = 1, x.dim() == 3
+    if in_slices:
         x = x.contiguous()
-        count, block_t = len(x), 1  # few rows, of which each is many loads
+        count = x.shape[0]
+    plan = launch_plan(R, N, in_slices, dt.dtype)
     # The stride of a single row says nothing: it must not compile a kernel of its own.
-    stride_t = x.shape[-1] if T == 1 else x.stride(-2)
+    x_stride_t = R + 2 * N if T == 1 else x.stride(-2)
     with torch.cuda.device_of(x):
-        _split_kernel[(cdiv(T, block_t),)](
+        _split_kernel[(cdiv(T, plan.BLOCK_T),)](
             dt, bc, x, dt_weight, b_weight, c_weight, T, eps,
-            stride_t, x.stride(-1), R, N, count, next_power_of_2(count),
-            BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_N=block_n, num_warps=min(32, max(4, block_r // 512)),
+            x_stride_t, x.stride(-1), R, N, count, next_power_of_2(count),
+            BLOCK_T=plan.BLOCK_T, BLOCK_R=plan.BLOCK_R, BLOCK_N=plan.BLOCK_N, num_warps=plan.num_warps,
             **early_start(x.device),
         )  # fmt: skip
