@@ -17,4 +17,4 @@ FLOATS = frozenset(DTYPES.values())
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that values of ``dtype`` are summed in: float64 for float64, else float32."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32

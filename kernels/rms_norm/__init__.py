@@ -66,8 +66,10 @@ def _add_rms_norm(
     eps: float,
     residual_dtype: torch.dtype,
     out_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return _run(x, residual, weight, eps, residual_dtype, out_dtype)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, new_residual = _run(x, residual, weight, eps, residual_dtype, out_dtype)
+    assert new_residual is not None
+    return out, new_residual
 
 
 torch.library.define(
