@@ -23,7 +23,7 @@ import torch
 from tp_mamba.kernels.common.checks import (
     PAD_SLOT_NAME,
     PREFIX_CACHING,
-    SPECULATION,
+    VLLM_FORM,
     check_device,
     check_floating,
     check_indices,
@@ -237,8 +237,8 @@ def causal_conv1d_fn(
 @not_supported(
     "causal_conv1d_update",
     null_block_id=PAD_SLOT_NAME,
-    query_start_loc="call causal_conv1d_fn with x as [D, T], conv_states and has_initial_state all True",
-    num_accepted_tokens=SPECULATION,
+    query_start_loc=VLLM_FORM,
+    num_accepted_tokens=VLLM_FORM,
     block_idx_last_scheduled_token=PREFIX_CACHING,
     initial_state_idx=PREFIX_CACHING,
 )
@@ -275,8 +275,8 @@ def causal_conv1d_update(
     """
     if cache_seqlens is not None:
         raise ValueError(
-            "causal_conv1d_update: cache_seqlens (a circular state) is not supported: keep a linear state, "
-            "newest input last"
+            "causal_conv1d_update: cache_seqlens (a circular state) is not supported: keep a linear state, newest "
+            "input last, or call the function of the same name in tp_mamba.kernels.compat.causal_conv1d"
         )
     if x.dim() not in (2, 3):
         raise ValueError(f"causal_conv1d_update: x has shape {list(x.shape)}: expected [B, D] or [B, D, L]")

@@ -30,7 +30,7 @@ NamedOperands = Iterable[tuple[str, Operand | None]]
 
 PAD_SLOT_NAME = "it is called pad_slot_id here"
 PREFIX_CACHING = "for states at block boundaries, cut the sequences there and call once a piece"
-SPECULATION = "copy the state after each drafted token and go on from the copy of the last accepted one"
+VLLM_FORM = "tp_mamba.kernels.compat.vllm has a function of the same name that takes it"
 """Remedies for keywords of vLLM, as :func:`not_supported` takes them."""
 
 

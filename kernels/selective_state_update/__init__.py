@@ -16,7 +16,7 @@ import torch
 
 from tp_mamba.kernels.common.checks import (
     PAD_SLOT_NAME,
-    SPECULATION,
+    VLLM_FORM,
     check_device,
     check_floating,
     check_indices,
@@ -70,8 +70,8 @@ def _selective_state_update_fake(*args: object) -> None:
 @not_supported(
     _OP,
     null_block_id=PAD_SLOT_NAME,
-    dst_state_batch_indices="copy the slots first and pass those of the copies as state_batch_indices",
-    num_accepted_tokens=SPECULATION,
+    dst_state_batch_indices=VLLM_FORM,
+    num_accepted_tokens=VLLM_FORM,
 )
 def selective_state_update(
     state: torch.Tensor,

@@ -1,6 +1,6 @@
 """causal-conv1d's calls of its two functions, forward only: channel-first and channel-last, states in and out.
 
-Their signatures are ours: no adapter.
+Their signatures are ours; circular states and the states of packed sequences are in test_circular_conv_state.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from call_form_testing import PLACES, Memory, Work, copies, randn
 from conv_norm_testing import run_on
 from kernel_testing import assert_within_twice, double
 
-from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from tp_mamba.kernels.causal_conv1d.reference import causal_conv1d_reference, causal_conv1d_update_reference
+from tp_mamba.kernels.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CALLS = [(2, True, "silu"), (3, False, "silu"), (4, True, None)]

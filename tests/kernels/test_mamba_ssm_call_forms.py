@@ -23,9 +23,9 @@ from call_form_testing import (
     step_inputs,
     tie_heads,
 )
-from call_forms import mamba_ssm_selective_scan_fn
 from kernel_testing import assert_within_twice, double
 
+from tp_mamba.kernels.compat.mamba_ssm import selective_scan_fn
 from tp_mamba.kernels.selective_scan.reference import selective_scan_reference
 from tp_mamba.kernels.selective_state_update import selective_state_update
 
@@ -70,14 +70,14 @@ def check_scan(inputs: dict[str, Any], device: torch.device) -> Work:
         if isinstance(x, torch.Tensor):
             x.requires_grad_()
     with Work() as work, torch.no_grad():
-        out, last = mamba_ssm_selective_scan_fn(**call, return_last_state=True)
+        out, last = selective_scan_fn(**call, return_last_state=True)
     memory.assert_unchanged_but()
     assert out.dtype == inputs["u"].dtype
     assert last.dtype == torch.float32
     assert_within_twice(out, reference, exact, approximate=0.25)  # softplus makes up much of it
     assert_within_twice(last, reference_last, exact_last, approximate=0.25)
     with torch.no_grad():
-        assert torch.equal(mamba_ssm_selective_scan_fn(**call), out)
+        assert torch.equal(selective_scan_fn(**call), out)
     return work
 
 
@@ -163,7 +163,7 @@ def test_chunks_continue_from_the_last_state(
         piece = {k: v[..., start:stop] if k in by_token else v for k, v in call.items()}
         before = None if state is None else state.clone()
         previous = state
-        out, state = mamba_ssm_selective_scan_fn(**piece, return_last_state=True, prev_state=previous)
+        out, state = selective_scan_fn(**piece, return_last_state=True, prev_state=previous)
         assert before is None or torch.equal(previous, before)
         outs.append(out)
     memory.assert_unchanged_but()

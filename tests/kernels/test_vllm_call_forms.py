@@ -25,16 +25,11 @@ from call_form_testing import (
     step_inputs,
     tie_heads,
 )
-from call_forms import (
-    vllm_causal_conv1d_fn,
-    vllm_causal_conv1d_update,
-    vllm_selective_scan_fn,
-    vllm_selective_state_update,
-)
 from conv_norm_testing import run_on
 from kernel_testing import assert_within_twice, double, poisoned_like
 
 from tp_mamba.kernels.causal_conv1d.reference import causal_conv1d_reference, causal_conv1d_update_reference
+from tp_mamba.kernels.compat import vllm
 from tp_mamba.kernels.selective_scan import selective_scan_fn
 from tp_mamba.kernels.selective_scan.reference import selective_scan_reference
 from tp_mamba.kernels.selective_state_update.reference import selective_state_update_reference
@@ -84,7 +79,7 @@ def test_scan_of_a_dense_batch_in_chunks(
         call = copies(piece | {"has_initial_state": initial}, device) | {"ssm_states": state}
         memory, target = Memory(call), call["z" if gate else "delta"]
         with Work() as work:
-            out = vllm_selective_scan_fn(**call)
+            out = vllm.selective_scan_fn(**call)
         assert not work.operators
         assert out is target
         memory.assert_unchanged_but(**{"z" if gate else "delta": None, "ssm_states": None})
@@ -123,7 +118,7 @@ def test_scan_of_packed_sequences(
     call = copies(inputs | {"ssm_states": states}, device)
     memory = Memory(call)
     with Work() as work:
-        out = vllm_selective_scan_fn(**call, null_block_id=null_block_id)
+        out = vllm.selective_scan_fn(**call, null_block_id=null_block_id)
     assert not work.operators
     used = [7, 3, 9]
     memory.assert_unchanged_but(**{"z" if gate else "delta": None}, ssm_states=used)
@@ -170,7 +165,7 @@ def test_scan_as_the_mixer_calls_it(place: str, device: torch.device, state_dtyp
         call = copies(inputs | {"ssm_states": states}, device)
         memory = Memory(call)
         with Work() as work:
-            out = vllm_selective_scan_fn(**call, cache_indices=indices)
+            out = vllm.selective_scan_fn(**call, cache_indices=indices)
         assert work.bytes_written == copied  # the three slots, of a strided column only
         memory.assert_unchanged_but(z=None, ssm_states=used)
         assert_within_twice(out, reference, exact)
@@ -219,7 +214,7 @@ def test_the_scan_may_write_over_an_input(place: str, device: torch.device, over
 
 def update(**call: Any) -> torch.Tensor:
     """vLLM's call: the slots to read, and the same once more to write."""
-    return vllm_selective_state_update(**call, dst_state_batch_indices=call.get("state_batch_indices"))
+    return vllm.selective_state_update(**call, dst_state_batch_indices=call.get("state_batch_indices"))
 
 
 @pytest.mark.parametrize("padding", [None, 0, 5])
@@ -322,7 +317,7 @@ def check_packed_convolution(
         call = copies(inputs | {"conv_states": states}, torch.device(device))
         memory = Memory(call)
         with Work() as work:
-            out = vllm_causal_conv1d_fn(**call, activation=activation, null_block_id=null)
+            out = vllm.causal_conv1d_fn(**call, activation=activation, null_block_id=null)
         assert not work.operators
         memory.assert_unchanged_but(conv_states=[7, 3, 9])
         assert_within_twice(out, reference, exact)
@@ -374,7 +369,7 @@ def check_convolution_update(
         call = copies(inputs | {"conv_state": states}, torch.device(device))
         memory = Memory(call)
         with Work() as work:
-            out = vllm_causal_conv1d_update(**call, activation=activation, null_block_id=-1)
+            out = vllm.causal_conv1d_update(**call, activation=activation, null_block_id=-1)
         assert not work.operators
         memory.assert_unchanged_but(conv_state=[13, 4, 8])
         assert_within_twice(out, reference, exact)
