@@ -16,7 +16,7 @@ from checkpoint_samples import (
     write_indexed,
     write_raw,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tp_mamba.checkpoint.errors import CheckpointError, CheckpointWriteError
 from tp_mamba.checkpoint.shards import merge_checkpoint, shard_checkpoint
@@ -272,93 +272,3 @@ class TestTarget:
         (tmp_path / "empty").mkdir()
         work(origin[0], tmp_path / "empty")
         assert MambaConfig.from_pretrained(tmp_path / "empty") == MambaConfig.from_pretrained(origin[0])
-
-
-ENTRY = {"dim": 0, "pieces": [2], "granularity": 1, "dtype": "F32"}
-
-
-class TestDamagedShards:
-    @pytest.fixture
-    def shards(self, origin, tmp_path):
-        shard_checkpoint(origin[0], tmp_path / "shards", 2)
-        return tmp_path / "shards"
-
-    def refuse(self, shards, message):
-        with pytest.raises(CheckpointError, match=message) as refusal:
-            open_source(shards)
-        assert "\n" not in str(refusal.value)
-        assert str(refusal.value).endswith("again with tp-mamba shard")
-        assert "fetch" not in str(refusal.value)
-
-    def test_missing_file(self, shards):
-        (shards / "model-tp-00002-of-00002.safetensors").unlink()
-        self.refuse(
-            shards,
-            r"model-tp-00002-of-00002\.safetensors is missing: copy it here, or make the shards again with tp-mamba",
-        )
-
-    def test_truncated_file(self, shards):
-        path = shards / "model-tp-00002-of-00002.safetensors"
-        path.write_bytes(path.read_bytes()[:-1])
-        self.refuse(
-            shards,
-            "is not a whole safetensors file .* truncated or damaged, make it again with tp-mamba shard",
-        )
-
-    def test_file_without_a_tensor(self, shards):
-        path = shards / "model-tp-00001-of-00002.safetensors"
-        tensors = load_file(path)
-        tensors.pop("lm_head.weight")
-        save_file(tensors, path)
-        self.refuse(shards, r"do not agree on lm_head\.weight: make the shards again")
-
-    @pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: t.half()], ids=["shape", "dtype"])
-    def test_file_with_another_tensor(self, shards, change):
-        path = shards / "model-tp-00001-of-00002.safetensors"
-        tensors = load_file(path)
-        save_file(tensors | {"lm_head.weight": change(tensors["lm_head.weight"]).contiguous()}, path)
-        self.refuse(shards, r"lm_head\.weight in .* is \[4\d, 20\] .* says \[49, 20\] torch\.float32")
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (lambda m: "{", "is not JSON"),
-            (lambda m: [], "is not a tp_mamba_shards manifest of version 2"),
-            (lambda m: m | {"version": 3}, "is not a tp_mamba_shards manifest of version 2"),
-            (lambda m: m | {"tp_size": 0}, "is damaged"),
-            (lambda m: m | {"tp_size": "2"}, "is damaged"),
-            (lambda m: m | {"tensors": {"a": {"shape": [2], "dim": 0}}}, "is damaged"),
-            (
-                lambda m: m | {"tensors": {"a": ENTRY | {"shape": [3], "pieces": [1, 1]}}},
-                "is damaged",
-            ),
-            (
-                lambda m: m | {"tensors": {"a": ENTRY | {"shape": [3], "granularity": 0}}},
-                "is damaged",
-            ),
-            (
-                lambda m: m | {"tensors": {"a": ENTRY | {"shape": [2], "dim": 1}}},
-                "is damaged",
-            ),
-            (
-                lambda m: m | {"tensors": {"a": ENTRY | {"shape": [2], "dtype": "X"}}},
-                "is damaged",
-            ),
-        ],
-    )
-    def test_manifest(self, shards, change, message):
-        path = shards / "tp_mamba_shards.json"
-        changed = change(json.loads(path.read_text()))
-        path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
-        self.refuse(shards, message)
-
-    def test_reading_across_the_cut(self, shards, origin):
-        source = open_source(shards)
-        name = "backbone.layers.0.mixer.out_proj.weight"  # cut along dimension 1
-        assert torch.equal(source.read(name, 1, 3, 28), origin[1][name][:, 3:28])
-        assert torch.equal(source.read(name, 1, 4, 4), origin[1][name][:, 4:4])
-        assert torch.equal(source.read_all(name), origin[1][name])
-        norm = "backbone.norm_f.weight"
-        assert torch.equal(source.read(norm, 0, 2, 5), origin[1][norm][2:5])
-        with pytest.raises(CheckpointError, match="was cut along dimension 1 and rows 0 to 2 of dimension 0"):
-            source.read(name, 0, 0, 2)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tp_mamba.checkpoint.config import read_config
+from tp_mamba.checkpoint.dtype import checkpoint_dtype
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import CONFIG, MANIFEST, copy_companions, write_json
 from tp_mamba.checkpoint.location import resolve
@@ -19,12 +20,14 @@ from tp_mamba.checkpoint.progress import Progress, counter
 from tp_mamba.checkpoint.replace import refuse_taken, replacing
 from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
 from tp_mamba.checkpoint.save import plan_files, write_description
+from tp_mamba.checkpoint.sources.manifest import Manifest, shard_file_name
 from tp_mamba.checkpoint.sources.open import TensorSource, open_source
-from tp_mamba.checkpoint.sources.shards import local_shape, manifest, shard_file_name
+from tp_mamba.checkpoint.sources.shards import local_shape
 from tp_mamba.models.base import CausalLM
 from tp_mamba.models.config import MambaConfig
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.parallel.sharding import sharded_tensors
+from tp_mamba.quoting import shown_path
 
 
 def shard_checkpoint(
@@ -61,14 +64,16 @@ def shard_checkpoint(
     report = counter(
         "writing shards", sum(nbytes(spec) for specs in ranks for spec in specs.values()), progress
     )
+    manifest = Manifest(
+        tp_size=tp_size, shards={name: entry.shard for name, entry in entries.items()}, dtypes=dtypes
+    )
     with replacing(out) as new:
-        write_json(
-            new / CONFIG, dataclasses.replace(config, dtype=_declared(config, source, matching)).to_dict()
-        )
-        write_json(new / MANIFEST, manifest(tp_size, {name: e.shard for name, e in entries.items()}, dtypes))
+        write_json(new / CONFIG, dataclasses.replace(config, dtype=_declared(config, source)).to_dict())
+        write_json(new / MANIFEST, manifest.to_dict())
         copy_companions(origin, new)
         for rank, specs in enumerate(ranks):
-            with SafetensorsWriter(new / shard_file_name(rank, tp_size), specs) as writer:
+            path = new / shard_file_name(rank, tp_size)
+            with SafetensorsWriter(path, specs, manifest.stamp(rank)) as writer:
                 for name in write_order(specs):
                     writer.write(name, _read_rank(source, entries[name], rank, tp_size))
                     report(nbytes(specs[name]))
@@ -98,7 +103,7 @@ def merge_checkpoint(
     files = plan_files(specs)
     report = counter("merging", sum(map(nbytes, specs.values())), progress)
     with replacing(out) as new:
-        write_description(new, config, _declared(config, source, matching), files, specs, origin)
+        write_description(new, config, _declared(config, source), files, specs, origin)
         for file, names in files.items():
             wanted = {name: specs[name] for name in names}
             with SafetensorsWriter(new / file, wanted) as writer:
@@ -120,8 +125,8 @@ def _check_rank_count(origin: Path, config: MambaConfig, n: int) -> None:
     channels, rows = config.intermediate_size, config.vocab_size
     if not 1 <= n <= min(channels, rows):
         raise CheckpointError(
-            f"cannot cut {origin} for {n} ranks: it has {channels} channels and {rows} vocabulary rows, choose 1 to "
-            f"{min(channels, rows)} ranks"
+            f"cannot cut {shown_path(origin)} for {n} ranks: it has {channels} channels and {rows} vocabulary rows, "
+            f"choose 1 to {min(channels, rows)} ranks"
         )
 
 
@@ -133,9 +138,9 @@ def _open(folder: Path, config: MambaConfig) -> tuple[TensorSource, Matching]:
     return source, matching
 
 
-def _declared(config: MambaConfig, source: TensorSource, matching: Matching) -> torch.dtype:
-    """The dtype a config.json should name: its own, else (raw files) that of the weights."""
-    return config.dtype or matching.entries[0].dtype(source)
+def _declared(config: MambaConfig, source: TensorSource) -> torch.dtype:
+    """The dtype for config.json: that of the original, by which it is loaded; else (raw files) that of the weights."""
+    return config.dtype or checkpoint_dtype(source)
 
 
 def _read_rank(source: TensorSource, entry: Entry, rank: int, n: int) -> torch.Tensor:

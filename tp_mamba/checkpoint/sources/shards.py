@@ -1,32 +1,24 @@
 """Tensors of a folder of per-rank files, read as if they were whole.
 
 A manifest (:data:`tp_mamba.checkpoint.files.MANIFEST`) says how each tensor was cut for ``m`` ranks. File
-``model-tp-0000r-of-0000m.safetensors`` holds rank ``r``'s rows of every cut tensor, without padding and part
-after part, and a copy of every tensor that is not cut.
+``model-tp-0000r-of-0000m.safetensors`` holds rank ``r``'s rows of every cut tensor, without padding and piece
+after piece, and a copy of every tensor that is not cut.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
 
 import torch
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import MANIFEST
 from tp_mamba.checkpoint.sources.base import TensorSource
-from tp_mamba.checkpoint.sources.safetensors import DTYPES, SafetensorsSource
+from tp_mamba.checkpoint.sources.manifest import AGAIN, read_manifest, shard_file_name
+from tp_mamba.checkpoint.sources.safetensors import SafetensorsSource
 from tp_mamba.parallel.sharding import Shard
-
-FORMAT: Final = "tp_mamba_shards"
-VERSION: Final = 2
-_AGAIN: Final = "make the shards again with tp-mamba shard"
-
-
-def shard_file_name(rank: int, n: int) -> str:
-    """Name of rank ``rank``'s file of ``n``; counted from 1 as Hugging Face does."""
-    return f"model-tp-{rank + 1:05d}-of-{n:05d}.safetensors"
+from tp_mamba.quoting import quoted, shown, shown_path
 
 
 def local_shape(shard: Shard, rank: int, n: int) -> tuple[int, ...]:
@@ -40,25 +32,28 @@ def local_shape(shard: Shard, rank: int, n: int) -> tuple[int, ...]:
 class ShardedSource(TensorSource):
     """A folder of per-rank files made for ``m`` ranks, serving a rank of any group size ``n``.
 
-    Where ``n == m``, rank ``r`` opens only its own file; else the files whose rows it needs.
+    Where ``n == m``, rank ``r`` opens only its own file; else the files whose rows it needs. Each file is checked to
+    be the one that its name says, of the manifest's writing; in folders of version 1, whose files do not say that, only
+    names, shapes and dtypes are.
     """
 
     def __init__(self, folder: Path, *, rank: int = 0, size: int = 1) -> None:
         """Read the manifest, and the headers of the files that ``rank`` of ``size`` needs.
 
         Raises:
-            CheckpointError: the manifest is damaged or of another version, or a needed file is missing,
-                damaged, or does not hold what the manifest says.
+            CheckpointError: the manifest is damaged or of another version, or a needed file is missing, damaged, of
+                another rank or writing, or does not hold what the manifest says.
         """
         super().__init__()
         self._folder = folder
-        self._tp_size, self._shards, self._dtypes = _read_manifest(folder / MANIFEST)
+        self._manifest = read_manifest(folder / MANIFEST)
+        self._tp_size, self._shards = self._manifest.tp_size, self._manifest.shards
         self._own = rank % self._tp_size
         self._files: dict[int, SafetensorsSource] = {self._own: self._open(self._own)}
+        if size == self._tp_size:
+            return
         for shard in self._shards.values():
-            if shard.dim is None:
-                continue
-            for span in shard.spans(rank, size):
+            for span in [] if shard.dim is None else shard.spans(rank, size):
                 for owner, *_ in self._owners(shard, span.start, span.stop):
                     if owner not in self._files:
                         self._files[owner] = self._open(owner)
@@ -70,7 +65,7 @@ class ShardedSource(TensorSource):
         return self._shards[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._dtypes[name]
+        return self._manifest.dtypes[name]
 
     def read(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         """As :meth:`TensorSource.read`; the rank given at opening must hold those rows, or part of them.
@@ -85,8 +80,8 @@ class ShardedSource(TensorSource):
             return self._fetch(self._own, name, dim, start, stop)
         if dim != shard.dim and (start, stop) != (0, shard.shape[dim]):
             raise CheckpointError(
-                f"{name} was cut along dimension {shard.dim} and rows {start} to {stop} of dimension {dim} are asked "
-                "for: merge the files first, with tp-mamba merge"
+                f"{shown(name)} was cut along dimension {shard.dim} and rows {start} to {stop} of dimension {dim} are "
+                "asked for: merge the files first, with tp-mamba merge"
             )
         first, last = (start, stop) if dim == shard.dim else (0, shard.shape[shard.dim])
         pieces = [
@@ -94,17 +89,23 @@ class ShardedSource(TensorSource):
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=shard.dim)
 
-    def _owners(self, shard: Shard, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Where ``full[start:stop]`` lies, in order: ``(file, first row, row after the last)`` of each piece."""
-        pieces = []
-        for owner in range(self._tp_size):
-            offset = 0
-            for span in shard.spans(owner, self._tp_size):
-                first, last = max(start, span.start), min(stop, span.stop)
-                if first < last:
-                    pieces.append((first, owner, offset + first - span.start, offset + last - span.start))
-                offset += span.stop - span.start
-        return [(owner, first, last) for _, owner, first, last in sorted(pieces)]
+    def _owners(self, shard: Shard, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Where ``full[start:stop]`` lies, in order: ``(file, first row, row after the last)`` of each run of rows.
+
+        One at a time, so that whoever opens the files stops at the first that is not there, however many ranks the
+        manifest claims.
+        """
+        begin = 0
+        for piece, (size, share) in enumerate(zip(shard.pieces, shard.spans(0, self._tp_size), strict=True)):
+            first, last = max(start, begin), min(stop, begin + size)
+            rows = share.stop - share.start  # of each rank's share, but the last ranks', which may be shorter
+            for owner in (
+                range((first - begin) // rows, (last - 1 - begin) // rows + 1) if first < last else ()
+            ):
+                spans = shard.spans(owner, self._tp_size)
+                offset = sum(span.stop - span.start for span in spans[:piece]) - spans[piece].start
+                yield owner, offset + max(first, spans[piece].start), offset + min(last, spans[piece].stop)
+            begin += size
 
     def _fetch(self, owner: int, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
         tensor = self._files[owner].read(name, dim, start, stop)
@@ -114,67 +115,17 @@ class ShardedSource(TensorSource):
     def _open(self, owner: int) -> SafetensorsSource:
         path = self._folder / shard_file_name(owner, self._tp_size)
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing: copy it here, or {_AGAIN}")
+            raise CheckpointError(f"{shown_path(path)} is missing: copy it here, or {AGAIN}")
         file = SafetensorsSource([path], remedy="make it again with tp-mamba shard")
+        self._manifest.check_stamp(path, owner, file.metadata(path))
         if file.names() != self.names():
             odd = sorted(set(file.names()) ^ set(self.names()))[0]
-            raise CheckpointError(f"{path} and {MANIFEST} do not agree on {odd}: {_AGAIN}")
+            raise CheckpointError(f"{shown_path(path)} and {MANIFEST} do not agree on {shown(odd)}: {AGAIN}")
         for name, shard in self._shards.items():
             expected = local_shape(shard, owner, self._tp_size)
-            if file.shape(name) != expected or file.dtype(name) != self._dtypes[name]:
+            if file.shape(name) != expected or file.dtype(name) != self.dtype(name):
                 raise CheckpointError(
-                    f"{name} in {path} is {list(file.shape(name))} {file.dtype(name)}, {MANIFEST} says "
-                    f"{list(expected)} {self._dtypes[name]}: {_AGAIN}"
+                    f"{shown(name)} in {shown_path(path)} is {quoted(list(file.shape(name)))} {file.dtype(name)}, "
+                    f"{MANIFEST} says {quoted(list(expected))} {self.dtype(name)}: {AGAIN}"
                 )
         return file
-
-
-def manifest(tp_size: int, shards: dict[str, Shard], dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
-    """The content of the manifest of tensors cut as ``shards`` for ``tp_size`` ranks."""
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "tp_size": tp_size,
-        "tensors": {
-            name: {
-                "shape": list(shard.shape),
-                "dim": shard.dim,
-                "pieces": list(shard.pieces),
-                "granularity": shard.granularity,
-                "dtype": codes[dtypes[name]],
-            }
-            for name, shard in shards.items()
-        },
-    }
-
-
-def _read_manifest(path: Path) -> tuple[int, dict[str, Shard], dict[str, torch.dtype]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): {_AGAIN}") from None
-    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
-        raise CheckpointError(f"{path} is not a {FORMAT} manifest of version {VERSION}: {_AGAIN}")
-    try:
-        shards = {
-            name: Shard(
-                shape=tuple(entry["shape"]),
-                dim=entry["dim"],
-                pieces=tuple(entry["pieces"]),
-                granularity=entry["granularity"],
-            )
-            for name, entry in content["tensors"].items()
-        }
-        dtypes = {name: DTYPES[entry["dtype"]] for name, entry in content["tensors"].items()}
-        tp_size = content["tp_size"]
-        sound = isinstance(tp_size, int) and tp_size >= 1 and all(map(_is_sound, shards.values()))
-    except (KeyError, TypeError, AttributeError, ValueError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"{path} is damaged: {_AGAIN}")
-    return tp_size, shards, dtypes
-
-
-def _is_sound(shard: Shard) -> bool:
-    return all(isinstance(size, int) and size >= 0 for size in shard.shape)
