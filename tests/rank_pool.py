@@ -1,4 +1,4 @@
-"""Real process groups for tests: a few worker processes a session that run functions as ranks.
+"""Real process groups for tests: a few worker processes per session that run functions as ranks.
 
 Starting a process that imports torch costs seconds, so the workers stay alive and take job after job. They meet
 through a file (no port), and a job that fails or hangs takes its pool down with it, never the test session.
@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import pickle
+import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from tp_mamba.launch.ranks.failures import is_consequence
 from tp_mamba.parallel.group import TensorParallel
 
 Job = Callable[..., Any]
+
+GRACE_S = 2.0
+"""How long the other ranks have to end as well, or to tell the cause, once one has failed."""
 
 
 def _serve(rank: int, size: int, rendezvous: str, backend: str, pipe: Connection) -> None:
     """One rank: join the group, then run jobs until told to stop."""
     import torch.distributed as dist
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the session, which ends its pools
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
@@ -40,22 +46,34 @@ def _serve(rank: int, size: int, rendezvous: str, backend: str, pipe: Connection
                 return
             try:
                 function, args, kwargs = pickle.loads(job)
-                pipe.send_bytes(pickle.dumps((True, function(tp, *args, **kwargs))))
+                answer = pickle.dumps((function(tp, *args, **kwargs), None))
             except BaseException as error:
-                # The other ranks may be waiting for this one in a collective: leave, so that they fail too.
-                pipe.send_bytes(
-                    pickle.dumps((False, (type(error).__name__, str(error), traceback.format_exc())))
-                )
+                name, text, trace = type(error).__name__, str(error), traceback.format_exc()
+                answer = pickle.dumps((None, Failure(name, text, trace, is_consequence(error))))
+            pipe.send_bytes(answer)
     finally:
         dist.destroy_process_group()
 
 
-class JobError(Exception):
-    """A job failed on at least one rank; ``failures`` maps rank to (exception name, message)."""
+class Failure(NamedTuple):
+    """Why a job failed on one rank."""
 
-    def __init__(self, failures: dict[int, tuple[str, str]], details: str) -> None:
-        super().__init__(details)
-        self.failures = failures
+    error: str
+    """Name of the exception's type; ``"exit"`` for a process that ended."""
+    message: str
+    trace: str
+    consequence: bool
+    """The rank only learned, by word or by a broken connection, that another one had failed."""
+
+
+class JobError(Exception):
+    """A job failed on at least one rank; ``failures`` maps rank to failure, causes before consequences."""
+
+    def __init__(self, failures: dict[int, Failure]) -> None:
+        self.failures = dict(sorted(failures.items(), key=lambda item: item[1].consequence))
+        super().__init__(
+            "".join(f"\n--- rank {rank}\n{failure.trace}" for rank, failure in self.failures.items())
+        )
 
 
 class RankPool:
@@ -84,7 +102,8 @@ class RankPool:
         """``function(tp, *args, **kwargs)`` on every rank; their results in rank order.
 
         Raises:
-            JobError: it raised on some rank.
+            JobError: it raised on some rank, or a rank ended. Ranks that are still at work :data:`GRACE_S` later
+                wait, perhaps, for the one that failed: the pool is killed.
             TimeoutError: it did not end in time; the pool is killed.
         """
         if not self._processes:
@@ -93,23 +112,36 @@ class RankPool:
         for pipe in self._pipes:
             pipe.send_bytes(job)
         deadline = time.monotonic() + timeout
-        results: list[Any] = []
-        failures: dict[int, tuple[str, str]] = {}
-        details = ""
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                self.close()
-                raise TimeoutError(f"rank {rank} of {self.size} did not finish within {timeout} s")
-            ok, value = pickle.loads(pipe.recv_bytes())
-            results.append(value)
-            if not ok:
-                failures[rank] = value[:2]
-                details += f"\n--- rank {rank}\n{value[2]}"
+        pending = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        results: dict[int, Any] = {}
+        failures: dict[int, Failure] = {}
+        while pending:
+            ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                rank = pending.pop(pipe)
+                results[rank], failure = self._answer(rank)
+                if failure is not None:
+                    failures[rank] = failure
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        if pending or any(failure.error == "exit" for failure in failures.values()):
+            self.close()
         if failures:
-            if len(failures) < self.size:
-                self.close()  # some ranks may have been left inside a collective
-            raise JobError(failures, details)
-        return results
+            raise JobError(failures)
+        if pending:
+            raise TimeoutError(
+                f"ranks {sorted(pending.values())} of {self.size} did not finish within {timeout} s"
+            )
+        return [results[rank] for rank in range(self.size)]
+
+    def _answer(self, rank: int) -> tuple[Any, Failure | None]:
+        try:
+            return pickle.loads(self._pipes[rank].recv_bytes())
+        except EOFError:
+            self._processes[rank].join()
+            message = f"rank {rank} ended with exit code {self._processes[rank].exitcode}"
+            return None, Failure("exit", message, message, False)
 
     def close(self) -> None:
         """End the workers, whatever they are doing."""
