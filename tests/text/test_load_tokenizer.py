@@ -51,9 +51,10 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[s
     return asked
 
 
-def test_a_hub_name_downloads_one_file(hub: list) -> None:
+def test_a_hub_name_downloads_the_tokenizers_files_and_no_others(hub: list) -> None:
     assert load_tokenizer("EleutherAI/gpt-neox-20b").get_vocab_size() == 3
-    assert hub == [("EleutherAI/gpt-neox-20b", ["tokenizer.json"])]
+    files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+    assert hub == [("EleutherAI/gpt-neox-20b", files)]
 
 
 def test_a_repository_without_one_says_what_to_pass(hub: list, folder: Path) -> None:

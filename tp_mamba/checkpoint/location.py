@@ -56,18 +56,25 @@ def resolve(path_or_name: str | os.PathLike[str], *, config_only: bool = False) 
     return folder
 
 
-def fetch(path_or_name: str | os.PathLike[str], patterns: tuple[str, ...], *, remedy: str) -> Path:
+def fetch(
+    path_or_name: str | os.PathLike[str],
+    patterns: tuple[str, ...],
+    *,
+    optional: tuple[str, ...] = (),
+    remedy: str,
+) -> Path:
     """As :func:`resolve`, for other files: a folder as it is, of a name on the hub the files that match.
 
     Args:
         patterns: names of files, perhaps with ``*``. That the hub's repository has any of them is not checked.
+        optional: further ones, without which an earlier download serves as well.
         remedy: what to do instead, for the end of an error's sentence.
 
     Raises:
         CheckpointError: there is no such folder, and nothing of that name can be downloaded.
     """
     folder = _folder(path_or_name)
-    return folder or _HubCopy(_checked_name(path_or_name, remedy), remedy).get(patterns)
+    return folder or _HubCopy(_checked_name(path_or_name, remedy), remedy).get(patterns, optional)
 
 
 def _folder(path_or_name: str | os.PathLike[str]) -> Path | None:
