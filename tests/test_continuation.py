@@ -11,7 +11,7 @@ from model_factory import full_forward, save_case
 
 from tp_mamba.batch import MambaMetadataBuilder
 from tp_mamba.model import MambaForCausalLM
-from tp_mamba.state.store import MambaCache
+from tp_mamba.state.cache import MambaCache
 
 LENGTH = 40
 # Both sides are float32 sums of a few hundred terms in different orders; the issue is a wrong state, which shows in

@@ -11,7 +11,7 @@ from tp_mamba.batch import MambaMetadataBuilder
 from tp_mamba.mixer import MambaMixer
 from tp_mamba.options import CacheConfig
 from tp_mamba.parallel.group import TensorParallel
-from tp_mamba.state.store import MambaCache
+from tp_mamba.state.cache import MambaCache
 
 SIZES: dict[str, Any] = {
     "hidden_size": 6,

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from tp_mamba.model import MambaForCausalLM, build_mixer
     from tp_mamba.options import CacheConfig, ModelConfig
     from tp_mamba.parallel.group import RankFailedError, TensorParallel
-    from tp_mamba.state.store import MambaCache
+    from tp_mamba.state.cache import MambaCache
     from tp_mamba.text.tokenizer import load_tokenizer
 
 _MODULES = {
     "CacheConfig": "options",
     "ColumnParallelLinear": "layers.linear",
-    "MambaCache": "state.store",
+    "MambaCache": "state.cache",
     "MambaConfig": "config",
     "MambaForCausalLM": "model",
     "MambaMetadata": "batch",

@@ -42,6 +42,7 @@ from tp_mamba.layers.conv import ColumnParallelConv1d
 from tp_mamba.layers.init import initialize, uniform
 from tp_mamba.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from tp_mamba.layers.norm import RMSNorm
+from tp_mamba.layers.state_spec import StateSpec
 from tp_mamba.options import resolve_dtype
 from tp_mamba.parallel.collectives import copy_to_tp
 from tp_mamba.parallel.group import TensorParallel
@@ -395,6 +396,19 @@ class MambaMixer(ShardedModule):
     def get_state_dtype(self) -> tuple[torch.dtype, torch.dtype]:
         """The dtypes of ``(conv_state, ssm_state)``: by default the model's, and float32."""
         return self._state_dtype
+
+    state_type = MambaState
+    """What :meth:`forward` takes as its state, made of the tensors of :meth:`state_spec`."""
+
+    def state_spec(self) -> tuple[StateSpec, ...]:
+        """What a sequence's state consists of, in the order of :class:`MambaState`."""
+        D, window, N = self.intermediate_size, self.conv_kernel_size - 1, self.ssm_state_size
+        conv_dtype, ssm_dtype = self.get_state_dtype()
+        # The channels are contiguous, which is how the kernels read and write both.
+        return (
+            StateSpec(name="conv_state", shape=(D, window), dtype=conv_dtype, dim=0, contiguous=0),
+            StateSpec(name="ssm_state", shape=(D, N), dtype=ssm_dtype, dim=0, contiguous=0),
+        )
 
     @property
     def mamba_type(self) -> str:

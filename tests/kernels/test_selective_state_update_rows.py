@@ -25,7 +25,7 @@ from ptx_testing import read_ahead
 from tp_mamba.batch import MambaMetadataBuilder
 from tp_mamba.kernels.selective_state_update import selective_state_update
 from tp_mamba.mixer import MambaMixer
-from tp_mamba.state.store import MambaCache
+from tp_mamba.state.cache import MambaCache
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 

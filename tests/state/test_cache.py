@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tp_mamba.mixer import MambaMixer
 from tp_mamba.options import CacheConfig, ModelConfig
-from tp_mamba.state.store import MambaCache
+from tp_mamba.state.cache import MambaCache
 
 
 def _mixers(
@@ -138,7 +138,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         Path(path).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tp_mamba.state.store.save_file", full_disk)
+    monkeypatch.setattr("tp_mamba.state.files.save_file", full_disk)
     with pytest.raises(OSError, match=r"could not be written to .*state: .*No space left on device"):
         cache.save(tmp_path / "state", slot)
     assert (tmp_path / "state").read_bytes() == old
@@ -148,7 +148,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     def refused(source: object, target: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("tp_mamba.state.store.os.replace", refused)
+    monkeypatch.setattr("tp_mamba.checkpoint.atomic.os.replace", refused)
     with pytest.raises(OSError, match=r"could not be written to .*state: .*Input/output error"):
         cache.save(tmp_path / "state", slot)
     assert (tmp_path / "state").read_bytes() == old, "the new file takes the old one's place in one move"
