@@ -45,6 +45,8 @@ class Output:
     pieces: list[list[str]] = field(init=False)
     token_ids: list[list[int]] = field(init=False)
     reasons: list[str | None] = field(init=False)
+    errors: list[str] = field(default_factory=list)
+    """Why sequences failed, one sentence each."""
 
     def __post_init__(self) -> None:
         self.pieces = [[] for _ in self.prompts]
@@ -65,7 +67,10 @@ class Output:
         self.last = time.perf_counter()
         self.first = self.first or self.last
         self.pieces[event.index].append(event.text or "")
-        self.token_ids[event.index].append(event.token_id)
+        if event.token_id is not None:
+            self.token_ids[event.index].append(event.token_id)
+        if event.error is not None:
+            self.errors.append(f"prompt {event.index + 1}: {event.error}")
         self.reasons[event.index] = event.finish_reason
         if self.speaks:
             self._print(event)

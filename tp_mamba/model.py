@@ -6,9 +6,9 @@ Here the parts meet: models know nothing of checkpoints, states and engines, whi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from tokenizers import Tokenizer
@@ -20,12 +20,15 @@ from tp_mamba.checkpoint.save import save_model
 from tp_mamba.checkpoint.sources.open import open_source
 from tp_mamba.config import MambaConfig
 from tp_mamba.engine import generate as generation
+from tp_mamba.engine.intake import Prompts
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.layers.init import skip_init
 from tp_mamba.models.base import CausalLM
 from tp_mamba.models.block import build_mixer
 from tp_mamba.parallel.group import TensorParallel, checked
-from tp_mamba.state.store import MambaCache
+from tp_mamba.state.cache import MambaCache
+from tp_mamba.state.identity import describe_config
+from tp_mamba.state.store import bytes_per_slot
 
 __all__ = ["MambaForCausalLM", "build_mixer"]
 
@@ -94,42 +97,29 @@ class MambaForCausalLM(CausalLM):
         Raises:
             ValueError: ``slots`` below 1.
         """
-        return MambaCache(self.mixers(), slots)
+        return MambaCache(self.mixers(), slots, model=describe_config(self.config), device=self.device)
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes of one sequence's state on this rank, all layers."""
+        return bytes_per_slot(self.mixers())
 
     def stream(
         self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams | None = None,
+        prompts: Prompts,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         tokenizer: Tokenizer | None = None,
-        *,
-        max_batch_size: int | None = None,
-        max_prefill_tokens: int = 8192,
-    ) -> Iterator[generation.TokenEvent]:
+        **options: Any,
+    ) -> generation.TokenStream:
         """Generate for ``prompts`` token by token; see :func:`tp_mamba.engine.generate.stream`."""
-        return generation.stream(
-            self,
-            prompts,
-            params,
-            tokenizer,
-            max_batch_size=max_batch_size,
-            max_prefill_tokens=max_prefill_tokens,
-        )
+        return generation.stream(self, prompts, params, tokenizer, **options)
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams | None = None,
+        prompts: Prompts,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         tokenizer: Tokenizer | None = None,
-        *,
-        max_batch_size: int | None = None,
-        max_prefill_tokens: int = 8192,
+        **options: Any,
     ) -> list[generation.GenerationResult]:
         """Generate for ``prompts`` of any lengths; see :func:`tp_mamba.engine.generate.generate`."""
-        return generation.generate(
-            self,
-            prompts,
-            params,
-            tokenizer,
-            max_batch_size=max_batch_size,
-            max_prefill_tokens=max_prefill_tokens,
-        )
+        return generation.generate(self, prompts, params, tokenizer, **options)

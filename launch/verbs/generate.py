@@ -136,7 +136,7 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     from tp_mamba.text.tokenizer import load_tokenizer
 
     prompts = args.prompts or share_prompts(args.prompt, args.prompt_file, tp)
-    tokenizer = load_tokenizer(args.tokenizer or args.checkpoint)
+    tokenizer = load_tokenizer(args.tokenizer or args.checkpoint, tp)
     prompt_ids = [tokenizer.encode(prompt).ids for prompt in prompts]
     with progress_bar(tp.rank == 0) as progress:
         model = MambaForCausalLM.from_pretrained(
@@ -150,6 +150,8 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
         show(_summary(report))
     elif tp.rank == 0:
         print_json({"results": output.results(), **report})
+    if output.errors:
+        raise RuntimeError("; ".join(output.errors))
     return 0
 
 

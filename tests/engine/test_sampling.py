@@ -10,12 +10,12 @@ from transformers.generation import logits_process as hf
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.sampler import (
     NOT_FINITE,
-    UniformStream,
     choose,
     draw,
     penalise_repetition,
     token_weights,
 )
+from tp_mamba.engine.uniforms import UniformStream
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -3,11 +3,19 @@
 Its logits depend on every token before, through the cache's slots alone; free slots hold NaN.
 """
 
+import random
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
 
 from tp_mamba.batch import MambaMetadata
+from tp_mamba.parallel.group import TensorParallel
+
+
+def prompts_of(lengths: list[int], seed: int = 1) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(40) for _ in range(length)] for length in lengths]
 
 
 class ToyCache:
@@ -30,17 +38,30 @@ class ToyCache:
 
 
 class ToyModel:
+    """Serves as a :class:`tp_mamba.engine.model.Model`, with what tests look at beside it."""
+
     device = torch.device("cpu")
+    bytes_per_slot = 8 * 8
 
     def __init__(
-        self, vocab_size: int = 40, usable: int | None = None, eos: tuple[int, ...] = (), seed: int = 0
+        self,
+        vocab_size: int = 40,
+        usable: int | None = None,
+        eos: tuple[int, ...] = (),
+        seed: int = 0,
+        tp: TensorParallel | None = None,
     ):
+        self.tp = tp or TensorParallel(device="cpu")
         generator = torch.Generator().manual_seed(seed)
-        self.config = SimpleNamespace(vocab_size=vocab_size, usable_vocab_size=usable, eos_token_ids=eos)
+        self.config = SimpleNamespace(
+            vocab_size=vocab_size, usable_vocab_size=usable, eos_token_ids=eos, pad_token_id=None
+        )
         width = 8
         self.mix = torch.randn(width, width, dtype=torch.float64, generator=generator) / width**0.5
         self.embed = torch.randn(vocab_size, width, dtype=torch.float64, generator=generator)
         self.head = 3 * torch.randn(vocab_size, width, dtype=torch.float64, generator=generator)
+        self.spoils: Callable[[int, int], bool] | None = None
+        """Whether, in this pass (from 1), the logits of this slot are NaN."""
         self.caches: list[ToyCache] = []
         self.passes: list[MambaMetadata] = []
 
@@ -67,11 +88,10 @@ class ToyModel:
                 state = self.advance(state, token)
                 hidden.append(state)
             cache.states[slot] = state
-        return (
-            torch.stack([self.head @ hidden[i] for i in logits_indices.tolist()]).float()
-            if len(logits_indices)
-            else torch.empty(0, self.config.vocab_size)
-        )
+            if self.spoils is not None and self.spoils(len(self.passes), slot):
+                hidden[-1] = torch.full_like(state, torch.nan)
+        rows = [self.head @ hidden[i] for i in logits_indices.tolist()]
+        return torch.stack(rows).float() if rows else torch.empty(0, self.config.vocab_size)
 
     def whole(self, ids: list[int]) -> torch.Tensor:
         """Logits after ``ids``, without a cache."""

@@ -1,162 +1,221 @@
-"""Continuous batching: which sequences advance in the next forward pass, and by how much."""
+"""The engine: requests come and go, and every step makes one more token of each that is running."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
 
-import numpy as np
 import torch
+from tokenizers import Tokenizer
 
-from tp_mamba.batch import MambaMetadataBuilder, copy_to_device
-from tp_mamba.engine.params import SamplingParams
-from tp_mamba.engine.request import ActiveSequence, TokenEvent
-from tp_mamba.engine.sampler import NOT_FINITE, choose
+from tp_mamba.engine.intake import RequestBuilder, checked_limit
+from tp_mamba.engine.memory import fitting_batch
+from tp_mamba.engine.model import Cache, Model
+from tp_mamba.engine.params import SamplingParams, integer, with_options
+from tp_mamba.engine.request import Request, TokenEvent
+from tp_mamba.engine.runner import Runner
+from tp_mamba.engine.sampler import NOT_FINITE, Sampler
+from tp_mamba.engine.scheduler import Scheduler
+from tp_mamba.parallel.turns import hold
 
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """The next ``length`` prompt tokens of a sequence."""
-
-    sequence: ActiveSequence
-    length: int
+MAX_BATCH_SIZE = 256
+"""Sequences at a time, unless another number is asked for; fewer where memory is short."""
 
 
 class Engine:
-    """Advances sequences together, one packed forward pass a step, on a state cache of its own.
+    """Continues requests together, each with parameters of its own, on a state cache of its own.
 
-    Every sequence whose prompt is in decodes one token in every step; in the same pass, prompts are taken in,
-    in order, up to a fixed number of tokens, a longer prompt in several steps. Memory is therefore bounded by
-    the slots and that number, whatever the prompts' lengths. A sequence that ends gives its slot to the next
-    that waits.
+    Each of its parts has a file: :class:`Scheduler` decides which requests advance, :class:`Runner` makes one
+    forward pass of that, :class:`Sampler` turns logits into tokens. A request's tokens do not depend on the
+    requests beside it, as far as the model's logits do not.
 
-    Decisions rest on host values that are the same on every rank, so the ranks never need to talk about them.
+    Every rank makes the same calls with the same arguments in the same order, and gets the same events. An engine is
+    used by one thread at a time, and no other thread generates over the same ranks while it is open.
+
+    Use it as a context manager, or call :meth:`close` at the end.
+
+    Attributes:
+        max_batch_size: sequences, and so state slots, at a time; None until it is chosen by :meth:`start`.
+        max_prefill_tokens: prompt tokens of one forward pass.
     """
 
     def __init__(
         self,
-        model: Any,
-        sequences: Iterable[ActiveSequence],
-        params: SamplingParams,
+        model: Model,
+        tokenizer: Tokenizer | None = None,
         *,
-        slots: int,
-        max_prefill_tokens: int,
-        usable: int,
+        max_batch_size: int | None = None,
+        max_prefill_tokens: int = 8192,
     ) -> None:
-        """Prepare to run ``sequences`` in this order, at most ``slots`` at a time, with the same ``params``.
+        """Check the arguments; memory is taken by :meth:`start`.
 
-        Of the vocabulary, only ids below ``usable`` are ever made.
-        """
-        self._model, self._params, self._max_prefill_tokens = model, params, max_prefill_tokens
-        self._waiting = deque(sequences)
-        self._running: list[ActiveSequence] = []
-        self._cache = model.new_cache(slots)
-        self._builder = MambaMetadataBuilder(model.device)
-        self._usable = usable
-        # Which ids each slot's prompt and text hold, for the repetition penalty alone.
-        self._seen = (
-            torch.zeros(slots, model.config.vocab_size, dtype=torch.bool, device=model.device)
-            if params.repetition_penalty != 1
-            else None
-        )
-
-    @property
-    def busy(self) -> bool:
-        """Whether any sequence is running or waiting."""
-        return bool(self._running or self._waiting)
-
-    @torch.inference_mode()
-    def step(self) -> list[TokenEvent]:
-        """One forward pass; an event for each sequence that made a token in it.
+        Args:
+            model: what :class:`tp_mamba.engine.model.Model` describes, such as a MambaForCausalLM.
+            tokenizer: turns tokens into text; without one events carry ids only. Ids above all of its own, which
+                pad the vocabulary of many files, are never made.
+            max_batch_size: sequences at a time; the others wait. By default 256, or as many as take half of the
+                memory that is free on the device, if that is less.
+            max_prefill_tokens: prompt tokens of one forward pass; longer prompts are cut. Activations take memory
+                in proportion to this, not to the prompts' lengths.
 
         Raises:
-            RuntimeError: a sequence's logits are not finite.
+            ValueError: a limit that is no integer or below 1, or a tokenizer without tokens.
         """
-        decoding = [sequence for sequence in self._running if not sequence.remaining]
-        chunks = self._schedule_prefill()
-        # A chunk that is the last of its prompt gives that sequence's first token.
-        sampling = decoding + [chunk.sequence for chunk in chunks if chunk.length == chunk.sequence.remaining]
+        self.max_batch_size = None
+        if max_batch_size is not None:
+            self.max_batch_size = checked_limit("max_batch_size", max_batch_size)
+        self.max_prefill_tokens = checked_limit("max_prefill_tokens", max_prefill_tokens)
+        self._model = model
+        self._builder = RequestBuilder(model.config, tokenizer)
+        self._scheduler = Scheduler(self.max_prefill_tokens)
+        self._requests: dict[int, Request] = {}
+        self._added = 0
+        self._closed = False
+        self._parts: tuple[Cache, Runner, Sampler] | None = None
+        self._let_go: Callable[[], object] = lambda: None
 
-        logits = self._forward(decoding, chunks)
-        for chunk in chunks:
-            chunk.sequence.taken += chunk.length
-        if not sampling:  # a long prompt is still on its way in
+    def add_request(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, *, position: int = 0
+    ) -> int:
+        """Put a prompt behind those that wait; the next :meth:`step` may take it in.
+
+        Args:
+            prompt: its token ids.
+            params: how to choose its tokens and when to stop; by default greedy, 128 tokens.
+            position: with ``params.seed`` it fixes the random numbers, so that the same prompt gives the same text
+                whatever runs beside it; other positions of one seed give other texts.
+
+        Returns:
+            The request's id, the ``index`` of its events: 0 for the first request, then 1, and so on.
+
+        Raises:
+            ValueError: an empty prompt, ids that are no integers or outside the vocabulary, stop strings without a
+                tokenizer, a position out of range, or a closed engine.
+        """
+        self._check_open()
+        if not 0 <= integer("position", position) < 2**64:
+            raise ValueError(f"position={position} is out of range: it lies between 0 and 2**64 - 1")
+        request = self._builder.build(self._added, prompt, with_options(params, {}), int(position))
+        self._added += 1
+        self._requests[request.index] = request
+        self._scheduler.add(request)
+        return request.index
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is running or waiting."""
+        return self._scheduler.has_work
+
+    def start(self, at_most: int | None = None) -> None:
+        """Choose :attr:`max_batch_size` if none was given, and make the state cache; a second call does nothing.
+
+        Every rank calls this; the first :meth:`step` does so otherwise. All ranks choose the same: what fits on the
+        one with the least free memory.
+
+        Args:
+            at_most: as many sequences as will ever run at a time; 256 where that is not known and no
+                ``max_batch_size`` was given.
+
+        Raises:
+            ValueError: another thread generates over the same ranks, or the engine is closed.
+            RankFailedError: another rank could not make its cache.
+        """
+        self._check_open()
+        if self._parts is not None:
+            return
+        model = self._model
+        release = hold(model.tp, "generating")
+        try:
+            slots = self._agree_on_slots(at_most)
+            with model.tp.agreed():
+                cache = model.new_cache(slots)
+        except BaseException:
+            release()
+            raise
+        self._let_go = weakref.finalize(self, release)  # a dropped engine lets go as well
+        self.max_batch_size = slots
+        sampler = Sampler(slots, model.config.vocab_size, self._builder.usable, model.device)
+        self._parts = cache, Runner(model, cache), sampler
+
+    def _agree_on_slots(self, at_most: int | None) -> int:
+        model, slots = self._model, self.max_batch_size
+        if slots is None:
+            fitting = fitting_batch(
+                model.device, model.bytes_per_slot, model.config.vocab_size, model.tp.size
+            )
+            known = [each for each in model.tp.all_gather_object(fitting) if each is not None]
+            slots = min([at_most or MAX_BATCH_SIZE, *known])
+        return min(slots, at_most or slots)
+
+    def step(self) -> list[TokenEvent]:
+        """One forward pass; an event for each request that made a token in it, or failed.
+
+        A request whose logits are not finite ends alone, with ``finish_reason="error"``; the others go on.
+
+        Returns:
+            Events of the requests that were decoding, then of those whose prompts are now complete, each in order of
+            arrival; none while a long prompt is being taken in, or without work.
+        """
+        self.start()
+        assert self._parts is not None
+        cache, runner, sampler = self._parts
+        if not self.has_work:
             return []
+        with torch.inference_mode():
+            schedule = self._scheduler.schedule(cache)
+            for request in schedule.admitted:
+                sampler.begin(request)
+            logits = runner.forward(schedule)
+            sampling = schedule.sampling
+            tokens = sampler.sample(logits, sampling) if sampling else []
         events = []
-        for sequence, token in zip(sampling, self._sample(logits, sampling), strict=True):
-            if token == NOT_FINITE:
-                raise RuntimeError(
-                    f"prompt {sequence.index}: the logits of new token {len(sequence.token_ids)} are not "
-                    "finite, so the weights are damaged or their dtype is too narrow: try float32"
-                )
-            events.append(sequence.accept(token))
-            if events[-1].finish_reason is not None:
-                self._release(sequence)
+        for request, token in zip(sampling, tokens, strict=True):
+            event = request.fail(_not_finite(request)) if token == NOT_FINITE else request.accept(token)
+            events.append(event)
+            if event.finish_reason is not None:
+                self._remove(request)
         return events
 
+    def abort(self, index: int) -> bool:
+        """Drop the request with this id, wherever it is: it makes no more events, and its slot is free.
+
+        Returns:
+            Whether it was still waiting or running.
+        """
+        request = self._requests.get(index)
+        if request is not None:
+            self._remove(request)
+        return request is not None
+
     def close(self) -> None:
-        """Give back every slot, whether or not its sequence has ended; there is no step after this."""
-        for sequence in list(self._running):
-            self._release(sequence)
-        self._waiting.clear()
+        """Drop every request and give the state's memory back; a second call does nothing."""
+        for request in list(self._requests.values()):
+            self._remove(request)
+        self._closed, self._parts = True, None
+        self._let_go()
 
-    def _release(self, sequence: ActiveSequence) -> None:
-        self._running.remove(sequence)
-        self._cache.free(sequence.slot)
+    def __enter__(self) -> Engine:
+        return self
 
-    def _schedule_prefill(self) -> list[_Chunk]:
-        """What this step takes in: prompts already begun, then, while slots are free, those that wait."""
-        budget, chunks = self._max_prefill_tokens, []
-        for sequence in self._running:
-            if sequence.remaining and budget:
-                chunks.append(_Chunk(sequence, min(sequence.remaining, budget)))
-                budget -= chunks[-1].length
-        while self._waiting and budget and self._cache.num_free:
-            sequence = self._admit(self._waiting.popleft())
-            chunks.append(_Chunk(sequence, min(sequence.remaining, budget)))
-            budget -= chunks[-1].length
-        return chunks
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
-    def _admit(self, sequence: ActiveSequence) -> ActiveSequence:
-        sequence.slot = self._cache.allocate()
-        self._running.append(sequence)
-        if self._seen is not None:
-            (prompt,) = copy_to_device([np.asarray(sequence.prompt, dtype=np.int64)], self._model.device)
-            self._seen[sequence.slot].zero_().index_fill_(0, prompt, True)
-        return sequence
+    def _remove(self, request: Request) -> None:
+        del self._requests[request.index]
+        self._scheduler.remove(request)
+        if request.slot is not None and self._parts is not None:
+            self._parts[0].free(request.slot)
 
-    def _forward(self, decoding: list[ActiveSequence], chunks: list[_Chunk]) -> torch.Tensor:
-        """Logits ``[B, V]`` of the rows that sample: the decode rows, then the ends of completed prompts."""
-        pieces = [c.sequence.prompt[c.sequence.taken : c.sequence.taken + c.length] for c in chunks]
-        token_ids = [*(sequence.token_ids[-1] for sequence in decoding), *chain.from_iterable(pieces)]
-        ends = len(decoding) + np.cumsum([chunk.length for chunk in chunks], dtype=np.int64) - 1
-        last_of_prompt = [chunk.length == chunk.sequence.remaining for chunk in chunks]
-        wanted = [*range(len(decoding)), *ends[np.asarray(last_of_prompt, dtype=np.bool_)]]
-        metadata = self._builder.build(
-            decode_slots=[sequence.slot for sequence in decoding],
-            prefill_slots=[chunk.sequence.slot for chunk in chunks],
-            prefill_lengths=[chunk.length for chunk in chunks],
-            has_initial_states=[chunk.sequence.taken > 0 for chunk in chunks],
-        )
-        input_ids, logits_indices = copy_to_device(
-            [np.asarray(token_ids, dtype=np.int64), np.asarray(wanted, dtype=np.int64)], self._model.device
-        )
-        return self._model.forward_packed(input_ids, metadata, self._cache, logits_indices=logits_indices)
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("this engine is closed: make a new one")
 
-    def _sample(self, logits: torch.Tensor, sampling: list[ActiveSequence]) -> list[int]:
-        """The next token of each row of ``logits [B, V]``; only here a step waits for the device."""
-        uniforms = seen = slots = None
-        if self._params.temperature > 0:
-            drawn = np.asarray([sequence.uniforms.next() for sequence in sampling], dtype=np.float64)
-            (uniforms,) = copy_to_device([drawn], self._model.device)
-        if self._seen is not None:
-            indices = np.asarray([sequence.slot for sequence in sampling], dtype=np.int64)
-            (slots,) = copy_to_device([indices], self._model.device)
-            seen = self._seen[slots, : self._usable]
-        tokens = choose(logits[:, : self._usable], self._params, seen=seen, uniforms=uniforms)
-        if self._seen is not None and slots is not None:
-            self._seen[slots, tokens] = True
-        return tokens.tolist()
+
+def _not_finite(request: Request) -> str:
+    return (
+        f"the logits of new token {len(request.token_ids)} are not finite, so the weights are damaged or their "
+        "dtype is too narrow: try float32"
+    )

@@ -1,18 +1,22 @@
-"""Text from prompts, all at once or token by token."""
+"""Text from prompts, all at once or token by token: loops over an engine."""
 
 from __future__ import annotations
 
+import hashlib
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 
 from tp_mamba.engine.engine import Engine
-from tp_mamba.engine.params import SamplingParams, integer
-from tp_mamba.engine.request import ActiveSequence, FinishReason, TokenEvent
-from tp_mamba.text.detokenizer import special_token_ids
-from tp_mamba.text.tokenizer import end_of_ids
+from tp_mamba.engine.intake import Prompts, params_of, rows_of
+from tp_mamba.engine.model import Model
+from tp_mamba.engine.params import SamplingParams
+from tp_mamba.engine.request import FinishReason, TokenEvent
+from tp_mamba.parallel.turns import hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,144 +28,178 @@ class GenerationResult:
     text: str | None
     """Their text, up to an end-of-text token, stop token or stop string; None without a tokenizer."""
     finish_reason: FinishReason
+    error: str | None = None
+    """With ``finish_reason="error"``: what went wrong; tokens and text are those made before."""
+
+
+class TokenStream(Iterator[TokenEvent]):
+    """The events of one call of :func:`stream`; it gives its state back at its end, on :meth:`close`, or dropped."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Follow ``engine``, which has started and has its requests."""
+        self._engine, self._events = engine, deque[TokenEvent]()
+
+    @property
+    def max_batch_size(self) -> int:
+        """Sequences that run at a time."""
+        assert self._engine.max_batch_size is not None  # it has started
+        return self._engine.max_batch_size
+
+    def __next__(self) -> TokenEvent:
+        try:
+            while not self._events and self._engine.has_work:
+                self._events.extend(self._engine.step())
+        except BaseException:
+            self.close()
+            raise
+        if not self._events:
+            self.close()
+            raise StopIteration
+        return self._events.popleft()
+
+    def close(self) -> None:
+        """Stop here, whether or not every sequence has ended."""
+        self._engine.close()
+        self._events.clear()
 
 
 def generate(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams | None = None,
+    model: Model,
+    prompts: Prompts,
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
     tokenizer: Tokenizer | None = None,
     *,
+    attention_mask: torch.Tensor | None = None,
     max_batch_size: int | None = None,
     max_prefill_tokens: int = 8192,
+    **sampling: Any,
 ) -> list[GenerationResult]:
-    """Run :func:`stream` to its end and collect one result a prompt, in their order.
+    """Run :func:`stream` to its end and collect one result per prompt, in their order.
+
+    A sequence that fails has a result too, with ``finish_reason="error"`` and its ``error``.
 
     Raises:
-        ValueError, RuntimeError: as :func:`stream`.
+        ValueError, RankFailedError: as :func:`stream`.
     """
-    token_ids: list[list[int]] = [[] for _ in prompts]
-    texts: list[list[str]] = [[] for _ in prompts]
-    reasons: dict[int, FinishReason] = {}
-    for event in stream(
+    events = stream(
         model,
         prompts,
         params,
         tokenizer,
+        attention_mask=attention_mask,
         max_batch_size=max_batch_size,
         max_prefill_tokens=max_prefill_tokens,
-    ):
-        token_ids[event.index].append(event.token_id)
-        texts[event.index].append(event.text)
+        **sampling,
+    )
+    token_ids: dict[int, list[int]] = {}
+    texts: dict[int, list[str]] = {}
+    last: dict[int, TokenEvent] = {}
+    for event in events:
+        ids, pieces = token_ids.setdefault(event.index, []), texts.setdefault(event.index, [])
+        if event.token_id is not None:
+            ids.append(event.token_id)
+        pieces.append(event.text)
         if event.finish_reason is not None:
-            reasons[event.index] = event.finish_reason
+            last[event.index] = event
     return [
-        GenerationResult(ids, None if tokenizer is None else "".join(pieces), reasons[index])
-        for index, (ids, pieces) in enumerate(zip(token_ids, texts, strict=True))
+        GenerationResult(
+            token_ids[index],
+            None if tokenizer is None else "".join(texts[index]),
+            last[index].finish_reason,  # type: ignore[arg-type]  # it is the last event
+            last[index].error,
+        )
+        for index in sorted(token_ids)
     ]
 
 
 def stream(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams | None = None,
+    model: Model,
+    prompts: Prompts,
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
     tokenizer: Tokenizer | None = None,
     *,
+    attention_mask: torch.Tensor | None = None,
     max_batch_size: int | None = None,
     max_prefill_tokens: int = 8192,
-) -> Iterator[TokenEvent]:
+    **sampling: Any,
+) -> TokenStream:
     """Generate for prompts of any lengths, giving out every token as it is made.
 
     Prompts are packed, not padded. A prompt's tokens do not depend on the prompts beside it (greedy, and
     sampled too, since its random numbers are its own), nor on the number of ranks, as far as the model's
-    logits do not. Every rank calls this with the same arguments and gets the same events.
+    logits do not. Every rank calls this with the same arguments, which are compared, and gets the same events.
 
-    The state cache is made here and its slots are given back at the end, at an error, and when the iterator
-    is closed or dropped before its end.
+    State for all sequences that run at a time is allocated here and given back at the end, at an error, and when
+    the iterator is closed or dropped before its end.
 
     Args:
-        model: see :class:`tp_mamba.model.MambaForCausalLM`.
-        prompts: token ids of each prompt, none empty.
-        params: how to choose tokens and when to stop; by default greedy, 128 tokens.
+        model: see :class:`tp_mamba.engine.model.Model`; a :class:`tp_mamba.MambaForCausalLM`, for example.
+        prompts: token ids of each prompt, none empty: lists of any lengths, or a tensor ``[B, L]`` or ``[L]``.
+        params: how to choose tokens and when to stop, for all prompts or one for each; by default greedy, 128
+            tokens.
         tokenizer: turns tokens into text; without one events carry ids only. Ids above all of its own, which
             pad the vocabulary of many files, are never made.
-        max_batch_size: sequences, and so state slots, at a time; the others wait. All at once by default.
+        attention_mask: ``[B, L]`` beside a tensor of prompts, nonzero where its ids are not padding.
+        max_batch_size: sequences, and so state slots, at a time; the others wait. By default all at once, or as
+            many as take half of the memory that is free on every rank's device, if that is less; the iterator's
+            ``max_batch_size`` says how many.
         max_prefill_tokens: prompt tokens of one forward pass; longer prompts are cut. Activations take memory
             in proportion to this, not to the prompts' lengths.
+        sampling: fields of :class:`SamplingParams` by name, in place of those of ``params``, as in
+            ``max_new_tokens=20``.
 
     Returns:
         An iterator of :class:`TokenEvent`; the tokens of one prompt come in order, those of different prompts
-        interleaved. Everything below but RuntimeError is raised by the call itself, before any work.
+        interleaved. A sequence whose logits are not finite ends with an event whose ``finish_reason`` is "error",
+        the others go on.
 
     Raises:
-        ValueError: no prompts, an empty prompt, ids that are no integers or outside the vocabulary, stop
-            strings without a tokenizer, a tokenizer without tokens, or a limit that is no integer or below 1.
-        RuntimeError: logits that are not finite.
+        ValueError: by the call itself, before any work: no prompts, an empty prompt, ids that are no integers or
+            outside the vocabulary, a tensor that may be padded without a mask, stop strings without a tokenizer, a
+            tokenizer without tokens, an unknown or wrong parameter, a limit that is no integer or below 1, arguments
+            that differ between the ranks, or another thread that generates over the same ranks.
+        RankFailedError: another rank refused its arguments or could not allocate its state.
     """
-    params = params or SamplingParams()
-    prompts = [_checked_prompt(i, prompt, model.config.vocab_size) for i, prompt in enumerate(prompts)]
-    if not prompts:
-        raise ValueError("the list of prompts is empty: give at least one")
-    _check_ids(f"stop_token_ids {params.stop_token_ids}", params.stop_token_ids, model.config.vocab_size)
-    if params.stop and tokenizer is None:
-        raise ValueError(
-            f"stop strings {params.stop} were given without a tokenizer: pass one, or use stop_token_ids"
-        )
-    for name, limit in (("max_batch_size", max_batch_size), ("max_prefill_tokens", max_prefill_tokens)):
-        if limit is not None and integer(name, limit) < 1:
-            raise ValueError(f"{name}={limit} lets nothing run: it is at least 1")
-    slots = min(len(prompts), int(max_batch_size or len(prompts)))
-    usable = model.config.usable_vocab_size or model.config.vocab_size
-    if tokenizer is not None:
-        usable = min(usable, end_of_ids(tokenizer))
-    return _events(model, prompts, params, tokenizer, slots, int(max_prefill_tokens), usable)
-
-
-def _events(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
-    tokenizer: Tokenizer | None,
-    slots: int,
-    max_prefill_tokens: int,
-    usable: int,
-) -> Iterator[TokenEvent]:
-    """The generator behind :func:`stream`, whose ``finally`` runs however the consumer leaves it."""
-    eos_ids = frozenset() if params.ignore_eos else frozenset(model.config.eos_token_ids)
-    special_ids = frozenset() if tokenizer is None else special_token_ids(tokenizer)
-    sequences = [
-        ActiveSequence.new(i, prompt, params, eos_ids, tokenizer, special_ids)
-        for i, prompt in enumerate(prompts)
-    ]
-    engine = Engine(
-        model, sequences, params, slots=slots, max_prefill_tokens=max_prefill_tokens, usable=usable
-    )
+    tp, config = model.tp, model.config
+    let_go = hold(tp, "generating")
     try:
-        while engine.busy:
-            yield from engine.step()
-    finally:
-        engine.close()
-
-
-def _checked_prompt(index: int, prompt: Sequence[int], vocab_size: int) -> list[int]:
-    if isinstance(prompt, (str, bytes, int)):
-        raise ValueError(
-            f"prompt {index} is {prompt!r}: a prompt is a sequence of token ids, as in "
-            "tokenizer.encode(text).ids"
-        )
-    what = f"a token id of prompt {index}"
-    ids = [integer(what, token) for token in prompt]
-    if not ids:
-        raise ValueError(f"prompt {index} is empty: the first token needs at least one before it")
-    _check_ids(f"prompt {index}", ids, vocab_size)
-    return ids
-
-
-def _check_ids(what: str, ids: Sequence[int], vocab_size: int) -> None:
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise ValueError(
-                f"{what} holds the id {token}, the vocabulary has ids 0 to {vocab_size - 1}: use the "
-                "tokenizer that "
-                "belongs to this checkpoint"
+        with tp.agreed():
+            padding = config.eos_token_ids if config.pad_token_id is None else (config.pad_token_id,)
+            rows = rows_of(prompts, attention_mask, padding)
+            each_params = params_of(params, sampling, len(rows))
+            engine = Engine(
+                model, tokenizer, max_batch_size=max_batch_size, max_prefill_tokens=max_prefill_tokens
             )
+            for index, (prompt, its_params) in enumerate(zip(rows, each_params, strict=True)):
+                engine.add_request(prompt, its_params, position=index)
+        if tp.size > 1:
+            tp.same_everywhere(
+                **{
+                    "the model's configuration": config,
+                    "the model's dtype": getattr(model, "dtype", None),
+                    "the tokenizer": _digest(tokenizer),
+                    "the number of prompts": len(rows),
+                    "max_batch_size": max_batch_size,
+                    "max_prefill_tokens": max_prefill_tokens,
+                    **_described(rows, each_params),
+                }
+            )
+        engine.start(at_most=len(rows))
+    finally:
+        let_go()
+    return TokenStream(engine)
+
+
+def _digest(tokenizer: Tokenizer | None) -> str | None:
+    return None if tokenizer is None else hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+def _described(rows: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> dict[str, Any]:
+    """Every prompt and its parameters under names that an error can use; parameters at their defaults left out."""
+    named: dict[str, Any] = {f"prompt {index}": list(map(int, row)) for index, row in enumerate(rows)}
+    shared = all(each is params[0] for each in params)
+    for index, each in enumerate(params[:1] if shared else params):
+        for field in fields(SamplingParams):
+            if (value := getattr(each, field.name)) != field.default:
+                named[field.name if shared else f"{field.name} of prompt {index}"] = value
+    return named

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import SupportsIndex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, SupportsFloat, SupportsIndex
 
 _MIN_TEMPERATURE = 1e-6  # below it the quotient of two logits leaves what a float can tell apart
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """Choices for one call of :func:`tp_mamba.engine.generate.generate`, checked when they are made.
+    """How one prompt is continued, checked when it is made.
+
+    Sampling defaults that a checkpoint recommends (``generation_config.json``) are not applied: what is written
+    here is what happens. Only its end-of-text ids count, as part of the model's configuration.
 
     The filters apply in transformers' order and keep what its logits processors keep: repetition penalty,
     temperature, top-k, top-p, min-p. At temperature 0 the likeliest token wins whatever the last three say,
@@ -33,7 +36,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Divides the positive logits of tokens already in prompt or text, multiplies the negative; above 0."""
     seed: int = 0
-    """Together with a prompt's position in the call it fixes that prompt's random numbers; 0 to 2^64 - 1."""
+    """Together with the prompt's position in the call it fixes the prompt's random numbers; 0 to 2^64 - 1."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a sequence, besides the model's end-of-text ids."""
     stop: tuple[str, ...] = ()
@@ -42,14 +45,7 @@ class SamplingParams:
     """Go on after the model's end-of-text ids."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "top_k", "seed"):
-            object.__setattr__(self, name, integer(name, getattr(self, name)))
-        if not isinstance(self.stop_token_ids, Iterable):
-            raise ValueError(
-                f"stop_token_ids={self.stop_token_ids!r} is one value: give a tuple of ids, as in (0,)"
-            )
-        stop_token_ids = tuple(integer("an id of stop_token_ids", token) for token in self.stop_token_ids)
-        object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        self._convert()
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} makes nothing: ask for at least 1")
         if self.temperature != 0 and not _MIN_TEMPERATURE <= self.temperature < math.inf:
@@ -74,12 +70,56 @@ class SamplingParams:
             )
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed} is out of range: it lies between 0 and 2**64 - 1")
+        if "" in self.stop:
+            raise ValueError("stop holds an empty string, which every text contains: leave it out")
+
+    def _convert(self) -> None:
+        """Give every field its plain Python type, and refuse what has another."""
+        for name in ("max_new_tokens", "top_k", "seed"):
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            object.__setattr__(self, name, number(name, getattr(self, name)))
+        if not isinstance(self.stop_token_ids, Iterable):
+            raise ValueError(
+                f"stop_token_ids={self.stop_token_ids!r} is one value: give a tuple of ids, as in (0,)"
+            )
+        ids = tuple(integer("an id of stop_token_ids", token) for token in self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", ids)
         if isinstance(self.stop, str):
             raise ValueError(
                 f"stop={self.stop!r} is one string: give a tuple of strings, as in ({self.stop!r},)"
             )
-        if "" in self.stop:
-            raise ValueError("stop holds an empty string, which every text contains: leave it out")
+        if not isinstance(self.stop, Iterable):
+            raise ValueError(f"stop={self.stop!r} holds no strings: give a tuple of them, () for none")
+        stop = tuple(self.stop)
+        for string in stop:
+            if not isinstance(string, str):
+                raise ValueError(
+                    f"stop holds {string!r}, which is not a string: give strings, or ids as stop_token_ids"
+                )
+        object.__setattr__(self, "stop", stop)
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos is {self.ignore_eos!r}: give True or False")
+
+
+def with_options(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+    """``params`` (the defaults for None) with the fields of ``options`` in place of its own.
+
+    Raises:
+        ValueError: ``params`` is something else, an option is no field of :class:`SamplingParams`, or its value is
+            refused there.
+    """
+    if params is not None and not isinstance(params, SamplingParams):
+        raise ValueError(
+            f"params is {params!r}: give SamplingParams(...), one for each prompt in a list, or keywords"
+        )
+    names = [field.name for field in fields(SamplingParams)]
+    for name in options:
+        if name not in names:
+            raise ValueError(f"{name} is no option of generation: there are {', '.join(names)}")
+    if params is not None and not options:
+        return params
+    return replace(params or SamplingParams(), **options)
 
 
 def integer(what: str, value: SupportsIndex) -> int:
@@ -96,3 +136,17 @@ def integer(what: str, value: SupportsIndex) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{what} is {value!r}, which is not an integer: give a whole number") from None
+
+
+def number(what: str, value: SupportsFloat) -> float:
+    """``value`` as a float: ints, and the scalars of numpy and torch count; strings and booleans do not.
+
+    Raises:
+        ValueError: it is no number; the sentence begins with ``what``.
+    """
+    try:
+        if isinstance(value, (str, bytes)) or "bool" in str(getattr(value, "dtype", type(value))):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{what} is {value!r}, which is not a number: give one, as in 0.5") from None

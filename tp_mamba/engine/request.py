@@ -1,78 +1,93 @@
-"""One prompt on its way: what of it was taken in, what it has made, and whether it has ended."""
+"""One prompt from its arrival to its end: what of it was taken in, what it has made, and why it ended."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Literal
 
-from tokenizers import Tokenizer
-
 from tp_mamba.engine.params import SamplingParams
-from tp_mamba.engine.sampler import UniformStream
+from tp_mamba.engine.uniforms import UniformStream
 from tp_mamba.text.detokenizer import Detokenizer
 from tp_mamba.text.stop_strings import StopStrings
 
-FinishReason = Literal["length", "eos", "stop"]
-"""``max_new_tokens`` were made; the model's end of text; a stop id or string."""
+FinishReason = Literal["length", "eos", "stop", "error"]
+"""``max_new_tokens`` were made; the model's end of text; a stop id or string; the event's ``error``."""
+
+
+class RequestState(Enum):
+    """Where a request is on its way; it only ever moves forward."""
+
+    WAITING = auto()
+    """It has no slot yet."""
+    PREFILLING = auto()
+    """It has a slot, and part of its prompt is still to be taken in."""
+    DECODING = auto()
+    """Its prompt is in; every step makes one token."""
+    FINISHED = auto()
+    """It has ended; its slot belongs to others."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """One new token of one prompt."""
+    """One new token of one request, or the failure that ended it."""
 
     index: int
-    """Position of the prompt in the call."""
-    token_id: int
-    """The token, end-of-text and stop tokens included."""
+    """The request: in ``generate()`` and ``stream()`` the prompt's position in the call, else the id that
+    ``Engine.add_request`` returned."""
+    token_id: int | None
+    """The token, end-of-text and stop tokens included; None for a failure, which makes none."""
     text: str
     """Text that has become certain with it: often that of this token, none while a character is unfinished or
     a stop string may be coming, more when the wait is over. Always empty without a tokenizer."""
     finish_reason: FinishReason | None
     """Why the sequence ended with this token; None while it goes on."""
+    error: str | None = None
+    """With ``finish_reason="error"``: what went wrong with this sequence, one sentence."""
 
 
 @dataclass(slots=True, eq=False)
-class ActiveSequence:
+class Request:
     """A prompt and what was generated for it."""
 
     index: int
+    """Names the request in its events."""
     prompt: Sequence[int]
     params: SamplingParams
-    eos_ids: Collection[int]
+    position: int = 0
+    """Fixes its random numbers, together with the seed."""
+    eos_ids: Collection[int] = ()
     """End-of-text ids that end it."""
-    detokenizer: Detokenizer | None
-    slot: int = -1
-    """Its place in the state cache; set when it enters the batch."""
+    detokenizer: Detokenizer | None = None
+    """Makes text of its tokens; None for ids only."""
+    slot: int | None = None
+    """Its place in the state cache, once it has one."""
     taken: int = 0
     """Prompt tokens whose effect is in the slot's state."""
     token_ids: list[int] = field(default_factory=list)
     """Tokens generated so far. The last one is not in the state yet."""
+    finish_reason: FinishReason | None = None
     uniforms: UniformStream = field(init=False)
     stops: StopStrings = field(init=False)
 
     def __post_init__(self) -> None:
-        self.uniforms = UniformStream(self.params.seed, self.index)
+        self.uniforms = UniformStream(self.params.seed, self.position)
         self.stops = StopStrings(self.params.stop)
-
-    @classmethod
-    def new(
-        cls,
-        index: int,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        eos_ids: Collection[int],
-        tokenizer: Tokenizer | None,
-        special_ids: frozenset[int],
-    ) -> ActiveSequence:
-        """A sequence about to begin; without a tokenizer it makes ids only."""
-        detokenizer = None if tokenizer is None else Detokenizer(tokenizer, prompt, special_ids)
-        return cls(index, prompt, params, eos_ids, detokenizer)
 
     @property
     def remaining(self) -> int:
-        """Prompt tokens still to be taken in; a sequence with none decodes."""
+        """Prompt tokens still to be taken in."""
         return len(self.prompt) - self.taken
+
+    @property
+    def state(self) -> RequestState:
+        """Where it is on its way."""
+        if self.finish_reason is not None:
+            return RequestState.FINISHED
+        if self.slot is None:
+            return RequestState.WAITING
+        return RequestState.PREFILLING if self.remaining else RequestState.DECODING
 
     def accept(self, token: int) -> TokenEvent:
         """Append ``token``; the event's ``finish_reason`` says whether the sequence ends with it."""
@@ -88,11 +103,24 @@ class ActiveSequence:
         text = ""
         if self.detokenizer is not None:
             text = "" if silent else self.detokenizer.push(token)
-            if reason is not None:
-                text += self.detokenizer.flush()
-            text = self.stops.push(text)
-            if self.stops.stopped:
+            text, stopped = self._filter(text, last=reason is not None)
+            if stopped:
                 reason = "stop"
-            elif reason is not None:
-                text += self.stops.flush()
+        self.finish_reason = reason
         return TokenEvent(self.index, token, text, reason)
+
+    def fail(self, error: str) -> TokenEvent:
+        """End here for the reason ``error``; what was made so far stands, and text still waiting comes out."""
+        text = "" if self.detokenizer is None else self._filter("", last=True)[0]
+        self.finish_reason = "error"
+        return TokenEvent(self.index, None, text, "error", error)
+
+    def _filter(self, text: str, *, last: bool) -> tuple[str, bool]:
+        """What of ``text`` may be given out now, and whether a stop string has ended it."""
+        assert self.detokenizer is not None
+        if last:
+            text += self.detokenizer.flush()
+        text = self.stops.push(text)
+        if last and not self.stops.stopped:
+            text += self.stops.flush()
+        return text, self.stops.stopped

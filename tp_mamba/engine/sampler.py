@@ -11,32 +11,47 @@ Letters: ``B`` rows, ``V`` vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 
+from tp_mamba.batch import copy_to_device
 from tp_mamba.engine.params import SamplingParams
+from tp_mamba.engine.request import Request
 
 NOT_FINITE = -1
 """What :func:`choose` gives for a row whose logits hold no finite maximum."""
 
 
-class UniformStream:
-    """Uniform numbers in [0, 1) for one sequence: the ``i``-th depends on seed, index and ``i`` alone.
+@dataclass(frozen=True, slots=True)
+class RowParams:
+    """The parameters of ``B`` rows: a number where all rows have the same, else a column ``[B, 1]`` on the device.
 
-    Philox is counter-based, and numpy promises not to change its raw output. ``(seed, index)`` is its key.
+    One :class:`SamplingParams` serves for rows that are all alike; its fields have the same names.
     """
 
-    def __init__(self, seed: int, index: int) -> None:
-        self._bits = np.random.Philox(key=np.array([seed, index], dtype=np.uint64))
-
-    def next(self) -> float:
-        """The next number, a multiple of 2^-53."""
-        return (self._bits.random_raw() >> 11) * 2.0**-53
+    temperature: float | torch.Tensor
+    """float64 column; 1 for greedy rows, whose draw is not used."""
+    top_k: int | torch.Tensor
+    """int64 column."""
+    top_p: float | torch.Tensor
+    """float64 column."""
+    min_p: float | torch.Tensor
+    """float64 column."""
+    repetition_penalty: float | torch.Tensor
+    """float64 column."""
+    greedy: torch.Tensor | None = None
+    """``[B]`` bool: rows that take the likeliest token; None if all rows draw, or all are greedy."""
+    largest_k: int = 0
+    """The largest ``top_k`` of any row, known to the host."""
 
 
 def choose(
     logits: torch.Tensor,
-    params: SamplingParams,
+    params: SamplingParams | RowParams,
     *,
     seen: torch.Tensor | None = None,
     uniforms: torch.Tensor | None = None,
@@ -45,9 +60,9 @@ def choose(
 
     Args:
         logits: ``[B, V]`` float.
-        params: how to choose.
+        params: how to choose, for all rows or row by row: a row's token is the same either way.
         seen: ``[B, V]`` bool, the ids of each row's prompt and text; None for no repetition penalty.
-        uniforms: ``[B]`` float64 in [0, 1); None for greedy.
+        uniforms: ``[B]`` float64 in [0, 1); None if every row is greedy.
 
     Returns:
         ``[B]`` int64, :data:`NOT_FINITE` where a row's largest logit is infinite or any is NaN.
@@ -55,20 +70,29 @@ def choose(
     if seen is not None:
         logits = penalise_repetition(logits, seen, params.repetition_penalty)
     finite = logits.amax(-1).isfinite()
-    tokens = logits.argmax(-1) if uniforms is None else draw(token_weights(logits, params), uniforms)
+    if uniforms is None:
+        tokens = logits.argmax(-1)
+    else:
+        tokens = draw(token_weights(logits, params), uniforms)
+        if isinstance(params, RowParams) and params.greedy is not None:
+            tokens = torch.where(params.greedy, logits.argmax(-1), tokens)
     return torch.where(finite, tokens, NOT_FINITE)
 
 
-def penalise_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+def penalise_repetition(
+    logits: torch.Tensor, seen: torch.Tensor, penalty: float | torch.Tensor
+) -> torch.Tensor:
     """``logits [B, V]`` with the tokens of ``seen [B, V]`` made less likely, each once.
 
     A positive logit is divided by ``penalty`` and a negative one multiplied, so that both fall (transformers'
-    ``RepetitionPenaltyLogitsProcessor``).
+    ``RepetitionPenaltyLogitsProcessor``). A ``penalty`` of 1 changes no bit.
     """
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if isinstance(penalty, torch.Tensor):
+        penalty = penalty.to(logits.dtype)
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, _quotient(logits, penalty)), logits)
 
 
-def token_weights(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+def token_weights(logits: torch.Tensor, params: SamplingParams | RowParams) -> torch.Tensor:
     """Integers proportional to the probabilities of the tokens that temperature, top-k, top-p and min-p keep.
 
     The kept set is that of transformers' ``TemperatureLogitsWarper``, ``TopKLogitsWarper``,
@@ -84,20 +108,45 @@ def token_weights(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     vocab_size = logits.shape[-1]
     scale = 2.0 ** (52 - vocab_size.bit_length())  # row sums stay exact in a float64
     relative = logits.double()
-    relative = (relative - relative.amax(-1, keepdim=True)).div_(params.temperature)
-    if 0 < params.top_k < vocab_size:
-        last_kept = relative.topk(params.top_k, dim=-1).values[:, -1:]
-        relative.masked_fill_(relative < last_kept, -torch.inf)
+    relative = relative - relative.amax(-1, keepdim=True)
+    _quotient(relative, params.temperature, out=relative)
+    _keep_top_k(relative, params)
     relative.exp_()
     weights = (relative * scale).round_().long()
-    if params.top_p < 1:
+    # A column of top_p and min_p changes no row at 1 and at 0: there it drops only what has no weight.
+    if isinstance(params.top_p, torch.Tensor) or params.top_p < 1:
         ranked, order = weights.sort(dim=-1, descending=True, stable=True)
         before = ranked.cumsum(-1) - ranked
         ranked.masked_fill_(before.double() >= params.top_p * ranked.sum(-1, keepdim=True).double(), 0)
         weights = torch.empty_like(weights).scatter_(-1, order, ranked)
-    if params.min_p > 0:
+    if isinstance(params.min_p, torch.Tensor) or params.min_p > 0:
         weights.masked_fill_(relative < params.min_p, 0)
     return weights
+
+
+def _keep_top_k(relative: torch.Tensor, params: SamplingParams | RowParams) -> None:
+    """Set all but the ``top_k`` largest of each row of ``relative [B, V]`` to -inf; 0 keeps all."""
+    vocab_size, top_k = relative.shape[-1], params.top_k
+    if not isinstance(top_k, torch.Tensor):
+        if 0 < top_k < vocab_size:
+            last_kept = relative.topk(top_k, dim=-1).values[:, -1:]
+            relative.masked_fill_(relative < last_kept, -torch.inf)
+        return
+    assert isinstance(params, RowParams)
+    ranked = relative.topk(min(params.largest_k, vocab_size), dim=-1).values
+    last_kept = ranked.gather(-1, (top_k - 1).clamp(0, ranked.shape[-1] - 1))
+    relative.masked_fill_((relative < last_kept) & (top_k > 0), -torch.inf)
+
+
+def _quotient(x: torch.Tensor, by: float | torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``x / by`` with the same bits whether ``by`` is a number or a column of that number.
+
+    On a GPU torch multiplies by the reciprocal of a number but divides by a tensor: left alone, the last bit of a
+    row's weights would depend on whether its neighbours have the same temperature.
+    """
+    if isinstance(by, torch.Tensor) and x.is_cuda:
+        return torch.mul(x, by.reciprocal(), out=out)
+    return torch.div(x, by, out=out)
 
 
 def draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -111,3 +160,91 @@ def draw(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     # total * u may round up to total itself, where no token lies
     threshold = (total.double() * uniforms).long().minimum(total - 1)
     return torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
+
+
+_COLUMNS = {
+    "temperature": np.float64,
+    "top_k": np.int64,
+    "top_p": np.float64,
+    "min_p": np.float64,
+    "repetition_penalty": np.float64,
+}
+
+
+class Sampler:
+    """The next tokens of requests that each have parameters of their own.
+
+    Keeps, for requests with a repetition penalty, which ids their prompts and texts hold.
+    """
+
+    def __init__(self, slots: int, vocab_size: int, usable: int, device: torch.device) -> None:
+        """For requests in ``slots`` slots. Of ``vocab_size`` ids only those below ``usable`` are ever made."""
+        self._slots, self._vocab_size, self._usable, self._device = slots, vocab_size, usable, device
+        # [slots, V] bool; made for the first request with a penalty.
+        self._seen: torch.Tensor | None = None
+
+    def begin(self, request: Request) -> None:
+        """Prepare for ``request``, which has just got its slot."""
+        if request.params.repetition_penalty == 1:
+            return
+        if self._seen is None:
+            self._seen = torch.zeros(self._slots, self._vocab_size, dtype=torch.bool, device=self._device)
+        (prompt,) = copy_to_device([np.asarray(request.prompt, dtype=np.int64)], self._device)
+        self._seen[request.slot].zero_().index_fill_(0, prompt, True)
+
+    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+        """The next token of each of ``requests``, from its row of ``logits [B, V]``; :data:`NOT_FINITE` where
+        there is none. Only here a step waits for the device.
+
+        Random numbers are drawn for the requests that need them, so a greedy neighbour changes nobody's.
+        """
+        params = [request.params for request in requests]
+        arrays: dict[str, np.ndarray] = {}
+        draws = any(each.temperature for each in params)
+        if draws:
+            drawn = [request.uniforms.next() if request.params.temperature else 0.0 for request in requests]
+            arrays["uniforms"] = np.asarray(drawn, dtype=np.float64)
+        if any(each.repetition_penalty != 1 for each in params):
+            arrays["slots"] = np.asarray([request.slot for request in requests], dtype=np.int64)
+        for name, values in _differing(params).items():
+            if draws or name == "repetition_penalty":
+                arrays[name] = np.asarray(values, dtype=_COLUMNS[name])
+        copies = copy_to_device(list(arrays.values()), self._device) if arrays else []
+        on_device = dict(zip(arrays, copies, strict=True))
+        uniforms, slots = on_device.pop("uniforms", None), on_device.pop("slots", None)
+        seen = None
+        if slots is not None:
+            assert self._seen is not None  # begin() made it
+            seen = self._seen[slots, : self._usable]
+        tokens = choose(
+            logits[:, : self._usable], _row_params(params, on_device), seen=seen, uniforms=uniforms
+        )
+        if slots is not None:
+            assert self._seen is not None
+            self._seen[slots, tokens] = True
+        return tokens.tolist()
+
+
+def _differing(params: Sequence[SamplingParams]) -> dict[str, list[float]]:
+    """The values, row by row, of the parameters in which the rows differ."""
+    first = params[0]
+    if all(each is first for each in params):
+        return {}
+    columns = {name: [getattr(each, name) for each in params] for name in _COLUMNS}
+    return {name: column for name, column in columns.items() if column.count(column[0]) != len(column)}
+
+
+def _row_params(
+    params: Sequence[SamplingParams], columns: dict[str, torch.Tensor]
+) -> SamplingParams | RowParams:
+    """What :func:`choose` needs for ``params``, given the ``columns [B]`` in which they differ."""
+    if not columns:
+        return params[0]
+    values: dict[str, Any] = {
+        name: columns[name][:, None] if name in columns else getattr(params[0], name) for name in _COLUMNS
+    }
+    greedy = None
+    if "temperature" in columns:
+        greedy = columns["temperature"] == 0
+        values["temperature"] = values["temperature"].masked_fill(greedy[:, None], 1.0)
+    return RowParams(**values, greedy=greedy, largest_k=max(each.top_k for each in params))

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from tp_mamba.checkpoint.atomic import replacing_file
 from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.quoting import shown
 from tp_mamba.state.identity import fingerprint
 from tp_mamba.state.store import StackedState
 
@@ -56,8 +57,8 @@ def read_state(
                 _check_shape(path, file, name, each)
             if metadata.get("fingerprint") != fingerprint(model, stacked.values()):
                 raise ValueError(
-                    f"{path} is the state of another model ({metadata.get('model') or 'not named'}; this one is "
-                    f"{model or 'not named'}): load one that was saved by the same model"
+                    f"{path} is the state of another model ({shown(metadata.get('model') or 'not named')}; this "
+                    f"one is {model or 'not named'}): load one that was saved by the same model"
                 )
             return {name: _read(path, file, name, each, tp) for name, each in stacked.items()}
     except (OSError, SafetensorError) as failure:

@@ -15,8 +15,8 @@ from tp_mamba.checkpoint.companions import (
     read_companions,
 )
 from tp_mamba.checkpoint.location import fetch
-from tp_mamba.checkpoint.quoting import quoted, shown, shown_path
 from tp_mamba.parallel.group import TensorParallel, checked
+from tp_mamba.quoting import quoted, shown, shown_path
 
 _FILE = "tokenizer.json"
 _BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS)
