@@ -80,6 +80,38 @@ def test_untrained_model_writes_float32_islands(tmp_path):
     assert dtypes["in_proj.weight"] == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_config_names_the_dtype_of_what_was_written(dtype, checkpoint, tmp_path):
+    """Also after the model was converted: loading must not widen, or round, what was saved."""
+    folder, _ = checkpoint()
+    model = MambaForCausalLM.from_pretrained(folder).to(dtype)
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == str(dtype)[6:]
+    again = MambaForCausalLM.from_pretrained(tmp_path / "saved")
+    for (name, param), (_, other) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        if not name.endswith((".A", ".D", "dt_proj.bias")):
+            assert param.dtype == other.dtype == dtype, name
+            assert torch.equal(param, other), name
+
+
+@pytest.mark.parametrize("value", [0.5, float("inf")])
+def test_a_that_became_positive_is_refused(value, checkpoint, tmp_path):
+    folder, _ = checkpoint()
+    before = contents(folder)
+    model = MambaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.A[3, 2] = value
+    message = rf"backbone\.layers\.1\.mixer\.A holds {value:g}, which .*mixer\.A_log cannot stand for \(1 such in all\)"
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        model.save_pretrained(folder)
+    assert "nothing was written" in str(refusal.value)
+    assert_nothing_changed(folder, before)
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.A[3, 2] = -0.5
+    model.save_pretrained(tmp_path / "saved")
+    assert read_folder(tmp_path / "saved")["backbone.layers.1.mixer.A_log"][3, 2] == pytest.approx(-0.6931472)
+
+
 def test_several_files_and_their_index(checkpoint, tmp_path):
     folder, tensors = checkpoint()
     limit = 6000

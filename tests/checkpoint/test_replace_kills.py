@@ -2,15 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from checkpoint_samples import odd_config, random_tensors, write_checkpoint
 
 from tp_mamba.checkpoint import atomic
+from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.leftovers import LeftoverWarning, recover, workplace
 from tp_mamba.checkpoint.replace import refuse_taken, replacing
+from tp_mamba.checkpoint.shards import shard_checkpoint
 
 SCRIPT = Path(__file__).with_name("writer_kills.py")
 
@@ -69,6 +73,37 @@ def test_a_living_writer_is_left_alone_and_a_dead_one_is_not(tmp_path):
     with pytest.warns(LeftoverWarning, match=f"removed {new}, which a killed writer had left"):
         refuse_taken(target, tmp_path / "origin", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+KILLED_SHARD = """
+import os, signal, sys
+from tp_mamba.checkpoint.shards import shard_checkpoint
+def progress(what, done, total):
+    if done > total // 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+shard_checkpoint(sys.argv[1], sys.argv[2], 2, progress, overwrite=True)
+"""
+
+
+def test_shard_killed_half_way(tmp_path):
+    """With real weights: the older folder stays, and the next run removes the hidden half of a copy."""
+    config = odd_config()
+    origin = write_checkpoint(tmp_path / "origin", config, random_tensors(config))
+    shards = tmp_path / "shards"
+    shard_checkpoint(origin, shards, 3)
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    killed = subprocess.run([sys.executable, "-P", "-c", KILLED_SHARD, origin, shards], timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+    (hidden,) = tmp_path.glob(".shards.*.new")
+    assert list(hidden.glob("*.safetensors"))
+    with (
+        pytest.raises(CheckpointError, match="holds a checkpoint already"),
+        pytest.warns(LeftoverWarning, match=f"removed {hidden}"),
+    ):
+        shard_checkpoint(origin, shards, 2)
+    shard_checkpoint(origin, shards, 2, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["origin", "shards"]
 
 
 def test_leftovers_without_a_lock_are_of_a_dead_writer(tmp_path):

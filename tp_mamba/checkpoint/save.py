@@ -10,6 +10,8 @@ from typing import Final
 
 import torch
 
+from tp_mamba.checkpoint.dtype import main_dtype
+from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import CONFIG, SAFETENSORS, copy_companions, write_json
 from tp_mamba.checkpoint.replace import replacing, writing
 from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
@@ -32,20 +34,28 @@ def save_model(model: CausalLM, folder: str | Path, *, max_shard_bytes: int = MA
         max_shard_bytes: how large one safetensors file may be; a larger tensor gets a file of its own.
 
     Raises:
-        CheckpointError: ``folder`` is something other than a checkpoint.
+        CheckpointError: ``folder`` is something other than a checkpoint, or a parameter has values that a checkpoint
+            cannot hold (an ``A`` that is not negative).
         CheckpointWriteError: (an OSError) it cannot be written; what stood there stays.
-        RankFailedError: on the other ranks, when rank 0 failed.
+        RankFailedError: on the other ranks, when a rank failed.
     """
     tp, target = model.tp, Path(folder)
+    with tp.agreed():
+        for tensor in sharded_tensors(model):
+            _refuse_unwritable(tensor)
     tensors = {name: (tensor, i) for tensor in sharded_tensors(model) for i, name in enumerate(tensor.names)}
     specs = {name: (_file_dtype(t), t.shard.source_shapes()[i]) for name, (t, i) in tensors.items()}
     files = plan_files(specs, max_shard_bytes)
+    # What the weights are now: A, D and dt bias, which are wider than the rest, have no say.
+    dtype = main_dtype(specs[name] for name, (tensor, _) in tensors.items() if not tensor.shard.wide)
     with ExitStack() as stack:
         new: Path | None = None
         with tp.agreed():
             if tp.rank == 0:
                 new = stack.enter_context(replacing(target))
-                write_description(new, model.config, model.dtype, files, specs, model.checkpoint_folder)
+                write_description(
+                    new, model.config, dtype or model.dtype, files, specs, model.checkpoint_folder
+                )
         for name, held in files.items():
             _write_file(
                 model,
@@ -137,6 +147,20 @@ def _gather(tensor: ShardedTensor, dtype: torch.dtype) -> torch.Tensor:
         return local
     gathered = tp.all_gather(local, dim=shard.dim)
     return shard.merge(gathered.chunk(tp.size, dim=shard.dim)) if tp.rank == 0 else gathered
+
+
+def _refuse_unwritable(tensor: ShardedTensor) -> None:
+    """Refuse numbers that the file would hold as NaN: a checkpoint has A_log, and A = -exp(A_log) is negative."""
+    held, written = tensor.param.detach(), tensor.read()
+    if written.data_ptr() == held.data_ptr() or not written.is_floating_point():
+        return  # written as it is held
+    lost = written.isnan().logical_and_(held.isnan().logical_not_())
+    if lost.any():
+        name = f"{tensor.path}.{tensor.attribute}".lstrip(".")
+        raise CheckpointError(
+            f"{name} holds {held[lost][0].item():g}, which {tensor.names[0]} cannot stand for ({int(lost.sum())} such "
+            "in all), and nothing was written: correct it first (A is -exp(A_log), always negative)"
+        )
 
 
 def _file_dtype(tensor: ShardedTensor) -> torch.dtype:
