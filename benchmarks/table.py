@@ -1,9 +1,9 @@
-"""Writes recorded results as a Markdown table, for the README and docs/kernels.md.
+"""Writes recorded results as a Markdown table, for the README and docs/kernels/.
 
     python -m benchmarks.table benchmarks/results/h200/*.json --cases full
 
-A line a case, of several files the newest. The last column is the error that the case was measured with, the largest
-of its outputs' ``|output - float64| / |float64|``.
+One line per case, of several files the newest. The last column is the error that the case was measured with, the
+largest of its outputs' ``|output - float64| / |float64|``.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ from pathlib import Path
 from benchmarks.recorded import Result, read, source, unit
 from benchmarks.report import figures
 
-HEAD = ("case", "time", "limit", "of limit", "goal", "times faster than", "error")
+HEAD = ("case", "time", "limit", "of limit", "times faster than", "error")
 
 
 def line(result: Result) -> str:
     """One line of the table."""
     row = result.row
     median = row.median or 0.0
-    goal = "" if row.must is None else f"{figures(row.must)} {'met' if median <= row.must else '**missed**'}"
     cells = (
         f"{result.benchmark}: {row.case}",
         f"{figures(median)} {unit(row)}",
         "" if row.limit is None else figures(row.limit),
         "" if row.share is None else f"{row.share:.0%}",
-        goal,
         ", ".join(f"{name} {figures(time / median)}" for name, time in row.peers.items()),
         str(max(row.errors, key=lambda error: error.norm, default="")),
     )
