@@ -209,7 +209,7 @@ class MambaMixer(ShardedModule):
             full.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
         initialize(self.dt_proj, "bias", draw_dt_bias)
-        states = torch.arange(1, self.ssm_state_size + 1, dtype=torch.float64)
+        states = torch.arange(1, self.ssm_state_size + 1, dtype=torch.float64, device="cpu")
         initialize(self, "A", lambda full: full.copy_(states.log().to(full.device)))
         initialize(self, "D", lambda full: full.fill_(1.0))
 

@@ -16,14 +16,14 @@ from tokenizers import Tokenizer
 from tp_mamba.checkpoint.dtype import checkpoint_dtype
 from tp_mamba.checkpoint.load import load_model
 from tp_mamba.checkpoint.location import resolve
+from tp_mamba.checkpoint.refusals import refuse_other_depth
 from tp_mamba.checkpoint.save import save_model
 from tp_mamba.checkpoint.sources.open import open_source
 from tp_mamba.config import MambaConfig
 from tp_mamba.engine import generate as generation
 from tp_mamba.engine.intake import Prompts
 from tp_mamba.engine.params import SamplingParams
-from tp_mamba.layers.init import skip_init
-from tp_mamba.models.base import CausalLM
+from tp_mamba.models.base import CausalLM, resolve_device
 from tp_mamba.models.block import build_mixer
 from tp_mamba.parallel.group import TensorParallel, checked
 from tp_mamba.state.cache import MambaCache
@@ -72,11 +72,14 @@ class MambaForCausalLM(CausalLM):
         with tp.agreed():
             folder = resolve(path_or_name)
             config = MambaConfig.from_pretrained(folder)
+            source = open_source(folder, rank=tp.rank, size=tp.size)
+            refuse_other_depth(config, source)
             if dtype is None and config.dtype is None:
-                dtype = checkpoint_dtype(open_source(folder, rank=tp.rank, size=tp.size))
-            with skip_init():
-                model = cls(config, tp, dtype, device)
-        load_model(model, folder, progress)
+                dtype = checkpoint_dtype(source)
+            device = resolve_device(device, tp)
+            # It gets memory once the files are known to be its own: a damaged config.json may ask for any size.
+            model = cls(config, tp, dtype, "meta")
+        load_model(model, folder, progress, device=device)
         model.checkpoint_folder = folder
         return model
 

@@ -63,11 +63,12 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     from tp_mamba.checkpoint.matching import compare
     from tp_mamba.checkpoint.sources.open import open_source
     from tp_mamba.config import MambaConfig
+    from tp_mamba.models.registry import get_family
 
     config = MambaConfig.from_pretrained(folder)
     source = open_source(folder)
     expected = expected_tensors(config)
-    comparison = compare(expected, source)
+    comparison = compare(expected, source, get_family(config.model_type))
     refusal = comparison.refusal or _tied_refusal(source, comparison)
     sizes = Sizes(*(getattr(config, name) for name in Sizes._fields))
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))

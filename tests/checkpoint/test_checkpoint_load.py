@@ -23,6 +23,7 @@ from tp_mamba.checkpoint.matching import compare
 from tp_mamba.checkpoint.sources.open import open_source
 from tp_mamba.config import MambaConfig
 from tp_mamba.model import MambaForCausalLM, build_mixer
+from tp_mamba.models import MAMBA
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.parallel.sharding import sharded_tensors
 
@@ -196,7 +197,7 @@ def test_every_difference_is_reported(damaged):
     }
     folder = damaged(changes)
     model = MambaForCausalLM(MambaConfig.from_pretrained(folder), device="meta")
-    comparison = compare(sharded_tensors(model), open_source(folder))
+    comparison = compare(sharded_tensors(model), open_source(folder), MAMBA)
     assert comparison.duplicate == [("backbone.norm_f.weight", "model.norm_f.weight")]
     assert set(comparison.missing) == {f"{MIXER}.D", f"{MIXER}.A_log"}
     assert comparison.unknown == [f"{MIXER}.gate"]
@@ -209,7 +210,7 @@ def test_every_difference_is_reported(damaged):
 def test_nothing_differs(damaged):
     folder = damaged({})
     model = MambaForCausalLM(MambaConfig.from_pretrained(folder), device="meta")
-    comparison = compare(sharded_tensors(model), open_source(folder))
+    comparison = compare(sharded_tensors(model), open_source(folder), MAMBA)
     assert comparison.refusal is None
     assert not any(getattr(comparison, kind) for kind in ("duplicate", "missing", "unknown", "misshapen"))
     assert not comparison.wrong_dtype

@@ -25,11 +25,11 @@ load_model = tp_mamba.model.load_model
 forward_packed = MambaForCausalLM.forward_packed
 
 
-def faulty_load_model(*args: object) -> None:
+def faulty_load_model(*args: object, **options: object) -> None:
     """Load, unless this rank is the victim."""
     if os.environ.get("RANK") == VICTIM and PLACE == "loading":
         meet(FAULT)
-    load_model(*args)
+    load_model(*args, **options)
 
 
 def faulty_forward_packed(self: MambaForCausalLM, *args: object, **kwargs: object) -> object:

@@ -13,18 +13,20 @@ import torch
 from tp_mamba.checkpoint.dtype import main_dtype
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import CONFIG, SAFETENSORS, copy_companions, write_json
+from tp_mamba.checkpoint.names import filed
 from tp_mamba.checkpoint.replace import replacing, writing
 from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
 from tp_mamba.models.base import CausalLM
 from tp_mamba.models.config import MambaConfig
-from tp_mamba.parallel.sharding import ShardedTensor, sharded_tensors
+from tp_mamba.models.registry import get_family
+from tp_mamba.parallel.sharding import Shard, ShardedTensor, sharded_tensors
 
 MAX_SHARD_BYTES: Final = 5 * 10**9
 """Files larger than this are split, as the hub's own tools do."""
 
 
 def save_model(model: CausalLM, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write ``model`` to ``folder`` as transformers would; every rank calls this, rank 0 writes.
+    """Write ``model`` to ``folder`` as its family's files are; every rank calls this, rank 0 writes.
 
     Tensors are gathered one at a time; halves are merged and padding is trimmed. A, D and dt bias are written in
     the dtype they were loaded from, so that loading and saving changes no bit; all else in the model's dtype.
@@ -43,11 +45,15 @@ def save_model(model: CausalLM, folder: str | Path, *, max_shard_bytes: int = MA
     with tp.agreed():
         for tensor in sharded_tensors(model):
             _refuse_unwritable(tensor)
-    tensors = {name: (tensor, i) for tensor in sharded_tensors(model) for i, name in enumerate(tensor.names)}
-    specs = {name: (_file_dtype(t), t.shard.source_shapes()[i]) for name, (t, i) in tensors.items()}
+    family = get_family(model.config.model_type)
+    tensors: dict[str, tuple[ShardedTensor, Shard, int]] = {}
+    for tensor in sharded_tensors(model):
+        how = filed(tensor, family)
+        tensors |= {name: (tensor, how, i) for i, name in enumerate(how.sources)}
+    specs = {name: (_file_dtype(t), how.source_shapes()[i]) for name, (t, how, i) in tensors.items()}
     files = plan_files(specs, max_shard_bytes)
     # What the weights are now: A, D and dt bias, which are wider than the rest, have no say.
-    dtype = main_dtype(specs[name] for name, (tensor, _) in tensors.items() if not tensor.shard.wide)
+    dtype = main_dtype(specs[name] for name, (tensor, *_) in tensors.items() if not tensor.shard.wide)
     with ExitStack() as stack:
         new: Path | None = None
         with tp.agreed():
@@ -109,7 +115,7 @@ def _write_file(
     target: Path,
     path: Path | None,
     specs: Mapping[str, Spec],
-    tensors: Mapping[str, tuple[ShardedTensor, int]],
+    tensors: Mapping[str, tuple[ShardedTensor, Shard, int]],
 ) -> None:
     """Gather the tensors of one file on every rank and write them on rank 0, the one with a ``path``.
 
@@ -125,12 +131,12 @@ def _write_file(
             except Exception as error:  # whatever it was, the others must not wait for this rank
                 failure = error
         for name in write_order(specs):
-            tensor, i = tensors[name]
+            tensor, how, i = tensors[name]
             full = _gather(tensor, specs[name][0])
             if writer is None or failure is not None:
                 continue
             try:
-                writer.write(name, tensor.shard.split_sources(full)[i].cpu().contiguous())
+                writer.write(name, how.split_sources(full)[i].cpu().contiguous())
             except Exception as error:
                 failure = error
         with model.tp.agreed(), writing(target):

@@ -17,6 +17,7 @@ from tp_mamba.checkpoint.files import CONFIG, MANIFEST, copy_companions, write_j
 from tp_mamba.checkpoint.location import resolve
 from tp_mamba.checkpoint.matching import Entry, Matching, match, verify_tied
 from tp_mamba.checkpoint.progress import Progress, counter
+from tp_mamba.checkpoint.refusals import refuse_other_depth
 from tp_mamba.checkpoint.replace import refuse_taken, replacing
 from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
 from tp_mamba.checkpoint.save import plan_files, write_description
@@ -25,6 +26,7 @@ from tp_mamba.checkpoint.sources.open import TensorSource, open_source
 from tp_mamba.checkpoint.sources.shards import local_shape
 from tp_mamba.models.base import CausalLM
 from tp_mamba.models.config import MambaConfig
+from tp_mamba.models.registry import get_family
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.parallel.sharding import sharded_tensors
 from tp_mamba.quoting import shown_path
@@ -95,10 +97,9 @@ def merge_checkpoint(
     origin = _resolve_beside(folder, out, overwrite=overwrite)
     config = read_config(origin, MambaConfig)
     source, matching = _open(origin, config)
-    entries = {name: (entry, i) for entry in matching for i, name in enumerate(entry.tensor.names)}
+    entries = {name: (entry, i) for entry in matching for i, name in enumerate(entry.filed.sources)}
     specs: dict[str, Spec] = {
-        name: (entry.dtype(source), entry.tensor.shard.source_shapes()[i])
-        for name, (entry, i) in entries.items()
+        name: (entry.dtype(source), entry.filed.source_shapes()[i]) for name, (entry, i) in entries.items()
     }
     files = plan_files(specs)
     report = counter("merging", sum(map(nbytes, specs.values())), progress)
@@ -132,8 +133,9 @@ def _check_rank_count(origin: Path, config: MambaConfig, n: int) -> None:
 
 def _open(folder: Path, config: MambaConfig) -> tuple[TensorSource, Matching]:
     source = open_source(folder)
+    refuse_other_depth(config, source)
     model = CausalLM(config, tp=TensorParallel.virtual(0, 1), device="meta")
-    matching = match(sharded_tensors(model), source)
+    matching = match(sharded_tensors(model), source, get_family(config.model_type))
     verify_tied(source, matching, 0, 1)
     return source, matching
 
@@ -150,6 +152,6 @@ def _read_rank(source: TensorSource, entry: Entry, rank: int, n: int) -> torch.T
 
 def _read_source(source: TensorSource, entry: Entry, i: int) -> torch.Tensor:
     """Tensor number ``i`` of those that a full checkpoint keeps for ``entry``."""
-    if len(entry.stored_names) == len(entry.tensor.names):
+    if len(entry.stored_names) == len(entry.filed.sources):
         return source.read_all(entry.stored_names[i])
-    return entry.tensor.shard.split_sources(source.read_all(entry.stored_names[0]))[i].contiguous()
+    return entry.filed.split_sources(source.read_all(entry.stored_names[0]))[i].contiguous()

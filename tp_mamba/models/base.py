@@ -29,6 +29,20 @@ class StateCache(Protocol):
         """The states of layer ``index``, as that layer takes them."""
 
 
+def resolve_device(device: torch.device | str | None, tp: TensorParallel) -> torch.device:
+    """The device of a model that was asked for on ``device``, None for the default.
+
+    Raises:
+        ValueError: a GPU where torch finds none.
+    """
+    if device is None:
+        device = "meta" if torch.get_default_device().type == "meta" else tp.device
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} but torch finds no GPU: use device='cpu'")
+    return device
+
+
 class Backbone(nn.Module):
     """Embedding, blocks and final norm: ``ids [T] -> h [T, H]``."""
 
@@ -111,8 +125,8 @@ class CausalLM(nn.Module):
             config: the configuration of a family whose whole models can be built.
             tp: the ranks; one rank by default.
             dtype: of the parameters; by default the configuration's, else torch's default.
-            device: by default that of ``torch.device(...)`` as a context if one is in force, else ``tp.device``;
-                ``"meta"`` gives shapes without memory.
+            device: by default the meta device inside ``with torch.device("meta")``, else ``tp.device``. On the meta
+                device a model has shapes and no memory; ``to_empty(device=...)`` gives it memory, to be filled.
 
         Raises:
             ValueError: a Jamba configuration (its attention and expert layers are not part of this package), or
@@ -121,9 +135,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config, self.tp = config, checked(tp)
         dtype = resolve_dtype(dtype or config.dtype or torch.get_default_dtype(), None, "dtype")
-        device = torch.device(device if device is not None else self.tp.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {str(device)!r} but torch finds no GPU: use device='cpu'")
+        device = resolve_device(device, self.tp)
         self.checkpoint_folder: Path | None = None
         family = get_family(config.model_type)
         self.backbone = Backbone(config, family, tp=self.tp, dtype=dtype, device=device)

@@ -25,6 +25,9 @@ class TensorSource(ABC):
         bytes_read: bytes of tensor data fetched so far.
     """
 
+    names_are_ours = False
+    """Whether tensors have this package's names, whatever the family of the model calls them in its own files."""
+
     def __init__(self) -> None:
         self.bytes_read = 0
 

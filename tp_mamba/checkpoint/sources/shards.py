@@ -37,6 +37,8 @@ class ShardedSource(TensorSource):
     names, shapes and dtypes are.
     """
 
+    names_are_ours = True
+
     def __init__(self, folder: Path, *, rank: int = 0, size: int = 1) -> None:
         """Read the manifest, and the headers of the files that ``rank`` of ``size`` needs.
 

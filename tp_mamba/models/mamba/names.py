@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-EMBEDDING: Final = "backbone.embeddings.weight"
-LM_HEAD: Final = "lm_head.weight"
+from tp_mamba.models.names import EMBEDDING
 
 # What the model without its head calls its three parts.
 _BASE_MODEL: Final = ("layers.", "norm_f.", "embeddings.", "embedding.")
