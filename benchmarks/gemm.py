@@ -22,7 +22,7 @@ from benchmarks.checking import Error, compare
 from benchmarks.inputs import normal, time_step_bias
 from benchmarks.peers import GEMM, WEIGHTS, Target
 from benchmarks.timing import Samples, replayed
-from tp_mamba.kernels.linear.skinny import skinny_linear
+from tp_mamba.kernels.linear import skinny_linear
 from tp_mamba.kernels.linear_softplus import linear_softplus
 from tp_mamba.kernels.linear_softplus.reference import linear_softplus_reference
 

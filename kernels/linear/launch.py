@@ -1,59 +1,68 @@
-"""How a product of few rows is cut into programs.
+"""How a product of few rows, ``x [M, k] @ weight [out, k].T``, is cut into programs, and where it is worth a kernel.
 
-K is cut into slices of a width that :func:`slice_width` fixes. A slice is one chain of sums in ascending k, and the
+k is cut into slices of a width that :func:`slice_width` fixes. A slice is one chain of sums in ascending k, and the
 slices are added in a binary tree whose nodes are aligned: slice ``2 i`` to slice ``2 i + 1``, then pairs likewise. A
 program computes ``group`` adjacent slices, a power of two and so a subtree; a second launch adds up the groups. So
-the bits of a result do not depend on anything that :func:`skinny_launch` chooses.
+the bits of a result depend on nothing that a plan chooses.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from dataclasses import dataclass
 
+import torch
+
+from tp_mamba.kernels.common.device import INTERPRETED, DeviceProperties
 from tp_mamba.kernels.common.integers import cdiv, next_power_of_2
 
 MAX_ROWS = 128
-"""Up to here a product with a narrow weight is bound by reading it; one with a wide weight up to half of this."""
+"""Rows up to which a product with a narrow weight is bound by reading it; with a wide weight up to half as many."""
+
+DTYPES = (torch.bfloat16, torch.float16)
 
 _MOST_BLOCK_M = 64
 
 _NARROW = 1024
-"""Of up to this many weight rows, row tiles alone are too few to read at the rate of the memory."""
+"""Weight rows up to which row tiles alone are too few to read at the memory's rate."""
 
-_MULTIPROCESSORS = 132
-_ENOUGH_PROGRAMS = 120
-"""Nine tenths of an H200's multiprocessors."""
-
-_PROGRAMS_AT_ONCE = 2
-"""Of a multiprocessor, for weights of more rows than all multiprocessors take in one round."""
+_PROGRAMS_PER_SM = 2
+"""Programs resident per SM when one wave does not cover all rows of the weight."""
 
 _BYTES_IN_FLIGHT = 160 * 1024
-"""What a multiprocessor may have on its way: an H200 takes a tenth longer for a wide weight with half of this."""
+"""Bytes in flight per SM: an H200 takes a tenth longer for a wide weight with half as many."""
 
-_SHARED_BYTES = 224 * 1024
-"""What it has room for."""
-
-_MULTIPROCESSOR_BYTES = 228 * 1024
-"""The same with what the driver takes of it for each program."""
+_RESERVED_BYTES = 4 * 1024
+"""Shared memory per SM that is left to the driver, which takes 1 KB per program."""
 
 _MOST_BUFFERS = 7
-"""Of a program; more have not been measured."""
+"""Buffers per program; more have not been measured."""
+
+_MOST_ROWS = {(1, 4096): 32, (1, 8192): 32, (2, 4096): 32, (4, 4096): 32}
+"""(tiles of 32 weight rows per SM, k) -> rows of x up to which the kernel is faster; others have not been measured."""
+
+_NARROW_PRODUCT = 512
+"""Weight rows up to which cuBLAS leaves most of the GPU idle."""
+
+_MOST_SUMS = 32
+"""Partial sums that the next kernel adds up by itself."""
 
 
-class SkinnyLaunch(NamedTuple):
-    """A program computes ``[BLOCK_M, BLOCK_N]`` results over ``group`` slices of K, ``BLOCK_K`` columns of each a step.
+@dataclass(frozen=True)
+class LaunchPlan:
+    """A program computes ``[BLOCK_M, BLOCK_OUT]`` results over ``group`` slices, ``BLOCK_K`` columns of each per step.
 
-    The slices are taken a step of each at a time, or, ``in_turn``, one after the other: tiles may then be taller, and
-    more but smaller steps are on their way.
+    The slices are taken one step of each at a time or, with ``in_turn``, one after the other: tiles may then be
+    taller, with more but smaller steps in flight.
 
     In turn, the rows of x lie along the 16-row side of the tensor core's instruction and those of the weight along its
     8-column side, else the other way round: bits are the same. That lets four warps share a tile without Triton taking
-    the Hopper instruction of 64 rows, where another number of rows, and so another tile, might be rounded differently.
-    Else a program has at most two.
+    Hopper's ``wgmma``, whose 64 rows would tie the tile, and with it perhaps the rounding, to the number of rows. Else
+    a program has at most two warps.
     """
 
     BLOCK_M: int
-    BLOCK_N: int
+    BLOCK_OUT: int
     BLOCK_K: int
     group: int
     num_warps: int
@@ -61,92 +70,131 @@ class SkinnyLaunch(NamedTuple):
     in_turn: bool = False
 
 
-def slice_width(N: int, K: int) -> int:
-    """Columns of a slice: a multiple of 128 that depends on the shape of the weight ``[N, K]`` alone."""
-    return min(256 if N <= _NARROW else 1024, 128 * cdiv(K, 128))
+def slice_width(out_size: int, k: int) -> int:
+    """Columns per slice: a multiple of 128 that depends on the shape of the weight ``[out, k]`` alone."""
+    return min(256 if out_size <= _NARROW else 1024, 128 * cdiv(k, 128))
 
 
-def slice_count(N: int, K: int) -> int:
-    """Slices of K, the last of which may be short."""
-    return cdiv(K, slice_width(N, K))
+def slice_count(out_size: int, k: int) -> int:
+    """Slices of k, the last of which may be short."""
+    return cdiv(k, slice_width(out_size, k))
 
 
-def fills_gpu(N: int, times: int) -> bool:
-    """Whether tiles of 32 of N weight rows are ``times`` programs a multiprocessor, or nearly so."""
-    return _ENOUGH_PROGRAMS * times <= cdiv(N, 32) <= _MULTIPROCESSORS * times
+def prefers_skinny(
+    M: int, out_size: int, k: int, dtype: torch.dtype, sm_count: int = INTERPRETED.sm_count
+) -> bool:
+    """Whether the kernel serves ``x [M, k]`` and ``weight [out, k]`` better than cuBLAS on a GPU of ``sm_count`` SMs.
 
+    True where an H200 has shown it (on the projections of falcon-mamba-7b, on one GPU and on one of two):
 
-def slices_launch(M: int, N: int, K: int) -> SkinnyLaunch:
-    """The cut of a narrow weight ``[N, K]`` whose partial sums the next kernel adds up.
+    - a long k and so few weight rows that cuBLAS leaves most of the GPU idle (x_proj), up to 128 rows with k = 4096 and
+      up to 64 with k = 8192;
+    - 32 weight rows per SM and k = 4096 or 8192 (out_proj), or 64 or 128 of them and k = 4096 (in_proj of one of two
+      GPUs, and of one), up to 32 rows. With more rows, and for more weight rows, cuBLAS is as fast or faster.
 
-    How many sums there are depends on the weight alone: one a slice, or from 32 slices on one for two of them.
+    Rows of k that are no multiple of 16 could not be loaded 16 bytes at a time.
     """
-    group, stages = min(2, max(1, slice_count(N, K) // 16)), min(4, slice_width(N, K) // 64) + 1
+    if dtype not in DTYPES or not 1 <= M <= MAX_ROWS:
+        return False
+    if out_size <= _NARROW_PRODUCT:
+        return k >= 2048 and k % 16 == 0 and (M <= 64 or k <= 4096)
+    tiles = cdiv(out_size, 32)
+    return any(
+        k == width and most >= M and times * _enough_programs(sm_count) <= tiles <= times * sm_count
+        for (times, width), most in _MOST_ROWS.items()
+    )
+
+
+def prefers_slices(
+    M: int, out_size: int, k: int, dtype: torch.dtype, sm_count: int = INTERPRETED.sm_count
+) -> bool:
+    """Whether it pays to leave the sums over slices to the next kernel, where that one can add them."""
+    narrow = out_size <= _NARROW_PRODUCT and sums_per_product(out_size, k) <= _MOST_SUMS
+    return narrow and prefers_skinny(M, out_size, k, dtype, sm_count)
+
+
+def sums_per_product(out_size: int, k: int) -> int:
+    """Partial sums that :func:`slices_plan` gives: one per slice, from 32 slices on one for two of them."""
+    return cdiv(slice_count(out_size, k), _slices_per_sum(out_size, k))
+
+
+def _slices_per_sum(out_size: int, k: int) -> int:
+    return min(2, max(1, slice_count(out_size, k) // 16))
+
+
+@functools.lru_cache(maxsize=4096)
+def slices_plan(M: int, out_size: int, k: int) -> LaunchPlan:
+    """The cut of a narrow weight ``[out, k]`` whose partial sums the next kernel adds up.
+
+    How many sums there are depends on the weight alone.
+    """
+    group, stages = _slices_per_sum(out_size, k), min(4, slice_width(out_size, k) // 64) + 1
     if M <= 32:  # twice as many programs, of one warp
-        return SkinnyLaunch(_block_m(M), 16, 64, group, num_warps=1, num_stages=stages)
-    return SkinnyLaunch(_block_m(M), 32, 64, group, num_warps=2, num_stages=stages)
+        return LaunchPlan(_block_m(M), 16, 64, group, num_warps=1, num_stages=stages)
+    return LaunchPlan(_block_m(M), 32, 64, group, num_warps=2, num_stages=stages)
 
 
-def skinny_launch(M: int, N: int, K: int) -> SkinnyLaunch:
-    """The cut for ``x [M, K]``, M from 1 to 128, and ``weight [N, K]``.
+@functools.lru_cache(maxsize=4096)
+def launch_plan(M: int, out_size: int, k: int, device: DeviceProperties) -> LaunchPlan:
+    """The cut for ``x [M, k]``, M from 1 to 128, and ``weight [out, k]``.
 
-    Of M only the class decides: 1, up to 8, 16, 32 or more. Wide weights take :func:`_tall_tiles` where those fit.
+    M decides only by its class: 1, up to 8, 16, 32 or more. Wide weights take :func:`_tall_tiles` where those fit.
     Else programs take as many slices as leave enough programs: fewer partial sums are written then, and the chains of
-    one program hide each other's latency. One a multiprocessor is enough; two for narrow weights, whose reading takes
-    no longer than a few loads, so that all of them start at once.
+    one program hide each other's latency. One program per SM is enough; two for narrow weights, whose reading takes no
+    longer than a few loads, so that all of them start at once.
     """
     block_m = _block_m(M)
-    narrow = N <= _NARROW
-    slices = slice_count(N, K)
+    narrow = out_size <= _NARROW
+    slices = slice_count(out_size, k)
     if not narrow and block_m <= 32 and (M > 1 or slices <= 4):
         # (A single row of more slices is 0.4 % of an H100's step faster where no second kernel adds sums.)
-        tall = _tall_tiles(max(16, block_m), N, slices)
+        tall = _tall_tiles(max(16, block_m), out_size, slices, device)
         if tall is not None:
             return tall
     # Every row tile reads all of x: with more rows of x, taller tiles.
-    block_n = 32 if narrow or block_m <= 32 else 64
-    tiles = cdiv(N, block_n)
-    group = min(8, next_power_of_2(slices), 4096 // (block_m * block_n))  # 64 registers of sums a thread
-    while group > 1 and tiles * cdiv(slices, group) < _ENOUGH_PROGRAMS * (2 if narrow else 1):
+    block_out = 32 if narrow or block_m <= 32 else 64
+    tiles = cdiv(out_size, block_out)
+    group = min(8, next_power_of_2(slices), 4096 // (block_m * block_out))  # 64 registers of sums per thread
+    while group > 1 and tiles * cdiv(slices, group) < _enough_programs(device.sm_count) * (
+        2 if narrow else 1
+    ):
         group //= 2
-    programs = tiles * cdiv(slices, group)
-    at_once = min(max(programs, _MULTIPROCESSORS), _PROGRAMS_AT_ONCE * _MULTIPROCESSORS)
-    share, room = (size * _MULTIPROCESSORS // at_once for size in (_BYTES_IN_FLIGHT, _SHARED_BYTES))
+    programs, sms = tiles * cdiv(slices, group), device.sm_count
+    resident = min(max(programs, sms), _PROGRAMS_PER_SM * sms)
+    room_per_sm = device.shared_bytes_per_sm - _RESERVED_BYTES
+    share, room = (size * sms // resident for size in (_BYTES_IN_FLIGHT, room_per_sm))
 
     def stage_bytes(block_k: int) -> int:
-        return 2 * group * (block_m + block_n) * block_k
+        return 2 * group * (block_m + block_out) * block_k
 
-    buffers = min(share // stage_bytes(64), slice_width(N, K) // 64, _MOST_BUFFERS)
-    # Where two long steps put as much on its way as short ones do, they need fewer instructions.
+    buffers = min(share // stage_bytes(64), slice_width(out_size, k) // 64, _MOST_BUFFERS)
+    # Where two long steps put as much in flight as short ones do, they need fewer instructions.
     if not narrow and buffers * stage_bytes(64) <= 2 * stage_bytes(128) <= room:
-        return SkinnyLaunch(block_m, block_n, 128, group, num_warps=2, num_stages=3)
-    return SkinnyLaunch(block_m, block_n, 64, group, num_warps=2, num_stages=max(2, buffers) + 1)
+        return LaunchPlan(block_m, block_out, 128, group, num_warps=2, num_stages=3)
+    return LaunchPlan(block_m, block_out, 64, group, num_warps=2, num_stages=max(2, buffers) + 1)
 
 
-def _tall_tiles(block_m: int, N: int, slices: int) -> SkinnyLaunch | None:
-    """One program a multiprocessor: 64 or 128 weight rows of a few slices, one after another; None where none fits.
+def _tall_tiles(block_m: int, out_size: int, slices: int, device: DeviceProperties) -> LaunchPlan | None:
+    """One program per SM: 64 or 128 weight rows of a few slices, one after another; None where none fits.
 
     A program has as few buffers as leave no room for a second one: on an H100 a decode step takes 3 to 11 % longer when
-    some multiprocessors have two and others none, and no less time with a buffer more.
+    some SMs have two and others none, and no less time with a buffer more.
     """
-    for block_n in (64, 128):
-        tiles = cdiv(N, block_n)
-        groups = _MULTIPROCESSORS // tiles
+    for block_out in (64, 128):
+        tiles = cdiv(out_size, block_out)
+        groups = device.sm_count // tiles
         if groups == 0 or slices % groups or slices // groups not in (1, 2, 4, 8):
             continue
-        if tiles * groups >= _ENOUGH_PROGRAMS:
-            stage_bytes = 2 * (block_m + block_n) * 128
-            stages = _MULTIPROCESSOR_BYTES // 2 // stage_bytes + 2  # one more than buffers
-            return SkinnyLaunch(
-                block_m,
-                block_n,
-                128,
-                slices // groups,
-                num_warps=4,
-                num_stages=stages,
-                in_turn=True,
-            )
+        if tiles * groups >= _enough_programs(device.sm_count):
+            stage_bytes = 2 * (block_m + block_out) * 128
+            stages = device.shared_bytes_per_sm // 2 // stage_bytes + 2  # one more than buffers
+            return LaunchPlan(block_m, block_out, 128, slices // groups, 4, stages, in_turn=True)
     return None
+
+
+def _enough_programs(sm_count: int) -> int:
+    """Ten elevenths of the SMs: so many programs read at the memory's rate."""
+    return sm_count * 10 // 11
 
 
 def _block_m(M: int) -> int:

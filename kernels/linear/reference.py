@@ -1,4 +1,4 @@
-"""``x @ weight.T`` in one precision throughout: the oracle of the tests, and what serves a CPU.
+"""``x @ weight.T`` written out, a few columns after another: the oracle of the tests.
 
 Computes in float64 for float64 input and in float32 otherwise; the result is rounded once, at the end.
 """
@@ -6,25 +6,25 @@ Computes in float64 for float64 input and in float32 otherwise; the result is ro
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from tp_mamba.kernels.linear.launch import slice_width, slices_launch
+from tp_mamba.kernels.common.dtypes import wide_dtype
 
 
-def skinny_linear_reference(
+def linear_reference(
     x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """``x [M, K]``, ``weight [N, K]`` -> ``[M, N]`` in ``out_dtype``, by default that of ``x``."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype if out_dtype is None else out_dtype)
+    """``x [M, k]``, ``weight [out, k]`` -> ``[M, out]`` in ``out_dtype``, by default that of ``x``."""
+    dtype = wide_dtype(x.dtype)
+    y = torch.zeros(len(x), len(weight), dtype=dtype, device=x.device)
+    for x_part, weight_part in zip(x.split(64, dim=1), weight.split(64, dim=1), strict=True):
+        y += torch.einsum("mk,ok->mo", x_part.to(dtype), weight_part.to(dtype))
+    return y.to(x.dtype if out_dtype is None else out_dtype)
 
 
-def slices_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The products over each group of slices of K, ``[groups, M, N]`` in float32 (float64 for float64 ``x``)."""
-    width = slice_width(*weight.shape) * slices_launch(1, *weight.shape).group
+def slices_reference(x: torch.Tensor, weight: torch.Tensor, width: int) -> torch.Tensor:
+    """The products over each ``width`` columns, ``[slices, M, out]`` in float32 (float64 for float64 ``x``)."""
     cuts = zip(x.split(width, dim=1), weight.split(width, dim=1), strict=True)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.stack([skinny_linear_reference(*cut, out_dtype=dtype) for cut in cuts])
+    return torch.stack([linear_reference(*cut, out_dtype=wide_dtype(x.dtype)) for cut in cuts])
 
 
 def add_slices(sums: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tp_mamba.kernels.linear.cpu import add_slices_cpu
 from tp_mamba.kernels.rms_norm.cpu import rms_norm_cpu
 
 
@@ -19,7 +20,7 @@ def split_dt_bc_cpu(
     """Same contract as ``any.launch``."""
     R, N = dt.shape[1], bc.shape[1] // 2
     if x.dim() == 3:
-        x = _added(x.contiguous().unbind())  # torch sums rows that lie otherwise in another order
+        x = add_slices_cpu(x.contiguous())  # torch sums rows that lie otherwise in another order
     if eps is None:
         dt.copy_(x[:, :R])
         bc.copy_(x[:, R:])
@@ -28,11 +29,3 @@ def split_dt_bc_cpu(
     outs = (dt, *bc.split(N, dim=1))
     for out, part, weight in zip(outs, parts, (dt_weight, b_weight, c_weight), strict=True):
         rms_norm_cpu(out, part, None, None, weight, eps)
-
-
-def _added(slices: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The sum of all slices in an aligned binary tree: neighbours first, whose pairs begin at even places."""
-    if len(slices) == 1:
-        return slices[0]
-    half = 1 << (len(slices) - 1).bit_length() - 1
-    return _added(slices[:half]) + _added(slices[half:])

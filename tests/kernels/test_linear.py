@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from kernel_testing import assert_within_twice
 
 from tp_mamba.kernels import linear as linear_module
-from tp_mamba.kernels.linear import linear
-from tp_mamba.kernels.linear.skinny import prefers_skinny, skinny_linear
+from tp_mamba.kernels.linear import cpu, linear, linear_partial, prefers_skinny, prefers_slices, skinny_linear
+from tp_mamba.kernels.linear.launch import slice_count
+from tp_mamba.kernels.linear.reference import add_slices
 
 
 @pytest.fixture(autouse=True)
 def small_weights_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of a test's size go where large ones do."""
-    monkeypatch.setattr(linear_module, "_LARGE", 0)
+    monkeypatch.setattr(cpu, "LARGE", 0)
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_other_dtypes_are_torchs_own(dtype: torch.dtype) -> None:
 
 
 def test_a_cpu_takes_no_kernel_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_module, "skinny_linear", None)  # any use of it fails
+    monkeypatch.setattr(linear_module, "_skinny_linear", None)  # any use of it fails
     x, weight = make(3, 2048).bfloat16(), make(24, 2048).bfloat16()
     assert torch.equal(linear(x, weight), F.linear(x, weight))
 
@@ -139,8 +140,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name, value in (("is_cuda", True), ("is_cpu", False)):
         monkeypatch.setattr(torch.Tensor, name, value)
-    monkeypatch.setattr("tp_mamba.kernels.linear.skinny.use_triton", lambda x: False)
-    monkeypatch.setattr(linear_module, "skinny_linear", noted("skinny_linear", skinny_linear))
+    monkeypatch.setattr(linear_module, "use_triton", lambda x: False)
+    for name in ("_skinny_linear", "_skinny_linear_slices"):
+        monkeypatch.setattr(linear_module, name, noted(name.lstrip("_"), getattr(linear_module, name)))
     monkeypatch.setattr(linear_module.F, "linear", noted("linear", F.linear))
     return names
 
@@ -216,6 +218,49 @@ def test_errors_are_torchs_own_on_a_gpu(
     assert called == ["linear"]
     with pytest.raises(RuntimeError, match="dtype"):
         linear(make(3, 2048).half(), make(24, 2048).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(3, 2048), (128, 2048), (2, 3, 2048), (129, 2048), (3, 1024), (0, 2048)])
+@pytest.mark.parametrize("in_slices", [False, True])
+def test_a_term_in_float32(
+    shape: tuple[int, ...], in_slices: bool, called: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished, of x of any rank; or in slices where the product is preferred and x is ``[M, k]``."""
+    monkeypatch.setattr(torch, "mm", lambda x, w, *, out_dtype: x.to(out_dtype) @ w.to(out_dtype))
+    x, weight = make(*shape).bfloat16(), (make(24, shape[-1]) / 45).bfloat16()
+    y = linear_partial(x, weight, in_float32=True, in_slices=in_slices)
+    sliced = in_slices and len(shape) == 2 and prefers_slices(shape[0], 24, shape[-1], x.dtype)
+    assert ("skinny_linear_slices" in called) == sliced
+    assert y.dtype == torch.float32
+    assert y.shape == (*[slice_count(24, shape[-1])] * sliced, *shape[:-1], 24)
+    exact = F.linear(x.double(), weight.double())
+    torch.testing.assert_close((add_slices(y) if sliced else y).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_term_in_the_dtype_of_x(called: list[str]) -> None:
+    x, weight = make(3, 2048).bfloat16(), make(24, 2048).bfloat16()
+    assert torch.equal(linear_partial(x, weight, in_slices=True), linear(x, weight))
+    assert called.count("skinny_linear") == 2
+    called.clear()
+    assert linear_partial(x.float(), weight.float(), in_float32=True, in_slices=True).shape == (3, 24)
+    assert called == ["linear"]
+
+
+def test_a_term_with_a_gradient(called: list[str]) -> None:
+    x, weight = make(3, 2048).bfloat16(), make(24, 2048).bfloat16().requires_grad_()
+    y = linear_partial(x, weight, in_float32=True, in_slices=True)
+    assert (y.shape, y.dtype, y.requires_grad) == ((3, 24), torch.float32, True)
+    assert called == ["linear"]
+
+
+def test_the_choice_compiles_without_a_graph_break() -> None:
+    """The number of SMs, by which products are chosen, is a constant to a compiler."""
+
+    def prefers(x: torch.Tensor) -> torch.Tensor:
+        return x + linear_module._takes_slices(x, weight)
+
+    x, weight = make(3, 2048).bfloat16(), make(24, 2048).bfloat16()
+    assert torch.equal(torch.compile(prefers, backend="eager", fullgraph=True)(x), x + 1)
 
 
 @pytest.mark.gpu

@@ -16,13 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tp_mamba.kernels.linear import linear
-from tp_mamba.kernels.linear.skinny import (
-    prefers_skinny,
-    prefers_slices,
-    skinny_linear,
-    skinny_linear_slices,
-)
+from tp_mamba.kernels.linear import linear, linear_partial
 from tp_mamba.layers.init import initialize, uniform
 from tp_mamba.parallel.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
 from tp_mamba.parallel.group import TensorParallel, checked
@@ -272,39 +266,15 @@ class RowParallelLinear(ParallelLinear):
         With ``in_slices``, ``x [T, in]`` may give ``[slices, T, out]`` float32 instead, whose sum over the slices is
         ``y``: on one rank, without bias, where a kernel behind that adds them up makes the layer faster.
         """
-        if in_slices and self._gives_slices(x):
-            return skinny_linear_slices(x, self.weight)
         if not self.input_is_parallel:
             x = scatter_to_tp(
                 F.pad(x, (0, padded_size(self.input_size, self.tp.size) - self.input_size)), self.tp
             )
-        y = self._partial(x)
+        whole = self.tp.size == 1 and self.bias is None and not self.skip_bias_add
+        y = linear_partial(x, self.weight, in_float32=self.reduce_in_float32, in_slices=in_slices and whole)
         if self.reduce_results:
             # The partial sum is ours alone: without a gradient to track it is summed where it lies.
             y = reduce_from_tp(y, self.tp) if y.requires_grad else self.tp.all_reduce_(y)
         if self.skip_bias_add:
             return y, self.bias
         return y if self.bias is None else y + self.bias
-
-    def _partial(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's term of the sum, in the dtype of ``x`` or as ``reduce_in_float32`` says."""
-        if not (self.reduce_in_float32 and x.dtype.itemsize < 4):
-            return linear(x, self.weight)
-        if not self._has_kernel(x):
-            return linear(x.float(), self.weight.float())  # mm's out_dtype serves GPUs alone, and no gradient
-        rows, (N, K) = x.reshape(-1, x.shape[-1]), self.weight.shape
-        if prefers_skinny(len(rows), N, K, x.dtype):
-            y = skinny_linear(rows, self.weight, out_dtype=torch.float32)
-        else:
-            # The GEMM accumulates in float32 anyway; this keeps its result from being rounded on the way out.
-            y = torch.mm(rows, self.weight.t(), out_dtype=torch.float32)
-        return y.view(*x.shape[:-1], N)
-
-    def _has_kernel(self, x: torch.Tensor) -> bool:
-        tracked = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        return x.is_cuda and x.dtype == self.weight.dtype and not tracked
-
-    def _gives_slices(self, x: torch.Tensor) -> bool:
-        whole = self.tp.size == 1 and self.bias is None and not self.skip_bias_add and self.reduce_in_float32
-        N, K = self.weight.shape
-        return whole and x.dim() == 2 and self._has_kernel(x) and prefers_slices(len(x), N, K, x.dtype)
