@@ -21,8 +21,9 @@ from kernel_testing import TRITON_MODULES, assert_within_twice
 from traffic import Recorder, Step, recorded, recorded_as_on_a_gpu
 
 from tp_mamba.batch import MambaMetadata, MambaMetadataBuilder
-from tp_mamba.kernels.linear.launch import skinny_launch, slice_count, slices_launch
-from tp_mamba.kernels.linear.skinny import prefers_skinny, prefers_slices
+from tp_mamba.kernels.common.device import INTERPRETED
+from tp_mamba.kernels.linear import prefers_skinny, prefers_slices
+from tp_mamba.kernels.linear.launch import launch_plan, slice_count, sums_per_product
 from tp_mamba.layers.init import skip_init
 from tp_mamba.layers.norm import RMSNorm
 from tp_mamba.mixer import MambaMixer, MambaState
@@ -116,7 +117,7 @@ def expected_steps(sizes: Sizes, batch: Batch, dtype: torch.dtype, *, triton: bo
         """A product by the library, or by the kernel for few rows where that is preferred."""
         if not (triton and prefers_skinny(T, N, K, dtype)):
             return Step("aten::mm", 0, wide, narrow)
-        groups = -(-slice_count(N, K) // skinny_launch(T, N, K).group)
+        groups = -(-slice_count(N, K) // launch_plan(T, N, K, INTERPRETED).group)
         if groups == 1:
             return Step("tp_mamba::skinny_linear", 1, wide, narrow)
         return Step("tp_mamba::skinny_linear", 2, wide, narrow + T * N * 2 * groups * 4)
@@ -151,7 +152,7 @@ def expected_steps(sizes: Sizes, batch: Batch, dtype: torch.dtype, *, triton: bo
 def x_proj_slices(sizes: Sizes, batch: Batch, dtype: torch.dtype) -> int:
     """How many sums over a part of K x_proj gives on a GPU, where the next kernel adds them up; else 0."""
     shape = sizes.R + 2 * sizes.N, sizes.D
-    groups = -(-slice_count(*shape) // slices_launch(batch.tokens, *shape).group)
+    groups = sums_per_product(*shape)
     return groups if prefers_slices(batch.tokens, *shape, dtype) else 0
 
 

@@ -13,7 +13,7 @@ from kernel_testing import TRITON_MODULES, Launches, compile_as_launched
 from ptx_testing import read_ahead
 
 from tp_mamba.batch import MambaMetadataBuilder
-from tp_mamba.kernels.linear.skinny import skinny_linear
+from tp_mamba.kernels.linear import skinny_linear
 from tp_mamba.kernels.linear_softplus import linear_softplus
 from tp_mamba.kernels.rms_norm import add_rms_norm, rms_norm
 from tp_mamba.kernels.split_dt_bc import split_dt_bc
@@ -37,14 +37,14 @@ def time_steps(T: int, R: int = 256) -> torch.Tensor:
 
 _OF_SPLIT, _OF_TIME_STEPS = {"dt_weight_ptr", "b_weight_ptr", "c_weight_ptr"}, {"weight_ptr", "bias_ptr"}
 CALLS: dict[str, tuple[str, str, set[str], Callable[[], Any]]] = {
-    "product": ("linear.skinny", "_product_kernel", set(), lambda: skinny_linear(zeros(2, 2048), zeros(288, 2048))),
+    "product": ("linear", "_product_kernel", set(), lambda: skinny_linear(zeros(2, 2048), zeros(288, 2048))),
     "product, slices in turn": (
-        "linear.skinny",
+        "linear",
         "_product_kernel",
         {"weight_ptr"},
         lambda: skinny_linear(zeros(2, 4096), zeros(8192, 4096)),
     ),
-    "sum": ("linear.skinny", "_sum_kernel", set(), lambda: skinny_linear(zeros(2, 2048), zeros(288, 2048))),
+    "sum": ("linear", "_sum_kernel", set(), lambda: skinny_linear(zeros(2, 2048), zeros(288, 2048))),
     "split": ("split_dt_bc", "_split_kernel", _OF_SPLIT, lambda: split(zeros(2, 288).float())),
     "split of slices": ("split_dt_bc", "_split_kernel", _OF_SPLIT, lambda: split(zeros(3, 2, 288).float())),
     "dt, few rows": ("linear_softplus", "_tiled_kernel", _OF_TIME_STEPS, lambda: time_steps(2)),
