@@ -21,7 +21,7 @@ def causal_conv1d_reference(
     conv_states: torch.Tensor | None = None,
     pad_slot_id: int = -1,
 ) -> torch.Tensor:
-    """What ``causal_conv1d_fn`` computes for ``x`` [B, D, L] or packed [D, T]; writes ``conv_states``."""
+    """What ``causal_conv1d_fn`` computes for ``x [B, D, L]`` or packed ``[D, T]``; writes ``conv_states``."""
     out = torch.zeros_like(x)
     if query_start_loc is None:
         sequences = list(zip(x.unbind(0), out.unbind(0), strict=True))
@@ -48,7 +48,7 @@ def causal_conv1d_update_reference(
     *,
     pad_slot_id: int = -1,
 ) -> torch.Tensor:
-    """What ``causal_conv1d_update`` computes for ``x`` [B, D] or [B, D, L]; writes ``conv_state``."""
+    """What ``causal_conv1d_update`` computes for ``x [B, D]`` or ``[B, D, L]``; writes ``conv_state``."""
     x_BDL = x.unsqueeze(-1) if x.dim() == 2 else x
     out = torch.zeros_like(x_BDL)
     for b in range(x_BDL.shape[0]):
@@ -67,7 +67,7 @@ def _sequence(
     state: torch.Tensor | None,
     initial: bool,
 ) -> None:
-    """One sequence into ``out_DL``; ``state`` [D, state_len] or None is read if ``initial``; advanced."""
+    """One sequence into ``out_DL``, from ``state [D, state_len]`` if ``initial``, else from zeros; advances it."""
     dtype = torch.float64 if x_DL.dtype == torch.float64 else torch.float32
     (D, K), L = weight_DK.shape, x_DL.shape[1]
     state_len = K - 1 if state is None else state.shape[1]

@@ -15,7 +15,7 @@ def rms_norm_reference(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis of ``x`` [..., H]."""
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x [..., H]``."""
     x_in = x if x.dtype == torch.float64 else x.float()
     y = x_in / torch.sqrt((x_in * x_in).mean(dim=-1, keepdim=True) + eps)
     if weight is not None:

@@ -19,9 +19,9 @@ def split_dt_bc_reference(
     eps: float | None = None,
     dt_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``dt [T, R]`` in ``dt_dtype``, ``B`` and ``C [T, N]`` in float32 (float64 for float64), of ``x [T, R + 2 N]``.
+    """``x [T, R + 2 N]`` -> ``dt [T, R]`` in ``dt_dtype``, ``B`` and ``C [T, N]`` in float32 (float64 for float64).
 
-    Of ``x [slices, T, R + 2 N]``, the sum of the slices is cut.
+    The slices of ``x [slices, T, R + 2 N]`` are added first.
     """
     if x.dim() == 3:
         x = add_slices(x)
