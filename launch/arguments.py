@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tp_mamba.engine.params import SamplingParams
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+MOST_RANKS = 256
+"""Ranks that one machine is asked to start; more are a slip of the pen, not a machine."""
 
 
 def positive_int(text: str) -> int:
@@ -19,22 +26,63 @@ def positive_int(text: str) -> int:
 
 
 def rank_count(text: str) -> int | str:
-    """A number of ranks, or ``auto``."""
+    """A number of ranks to start, or ``auto``."""
     if text == "auto":
         return text
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'got {text!r}, expected a number of ranks of at least 1, or "auto"')
+    if not _is_rank_count(text):
+        raise argparse.ArgumentTypeError(
+            f'got {text!r}, expected a number of ranks from 1 to {MOST_RANKS}, or "auto"'
+        )
     return int(text)
 
 
 def rank_counts(text: str) -> list[int]:
-    """Numbers of ranks divided by commas, ``1,2,4``; repeats are dropped."""
+    """Numbers of ranks to start, divided by commas, ``1,2,4``; repeats are dropped."""
     parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) >= 1 for part in parts):
+    if not all(_is_rank_count(part.strip()) for part in parts):
         raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected numbers of ranks divided by commas, as in 1,2,4"
+            f"got {text!r}, expected numbers of ranks from 1 to {MOST_RANKS} divided by commas, as in 1,2,4"
         )
     return list(dict.fromkeys(int(part) for part in parts))
+
+
+def _is_rank_count(text: str) -> bool:
+    return text.isdecimal() and 1 <= int(text) <= MOST_RANKS
+
+
+def tolerance(text: str) -> float:
+    """A finite number of at least 0."""
+    value = _number(text, float)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a finite number of at least 0")
+    return value
+
+
+def sampling(field: str, parse: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """The type of an argument that becomes ``field`` of SamplingParams, with the limits that it has there.
+
+    A field that holds several values takes one per argument.
+    """
+    several = isinstance(SamplingParams.__dataclass_fields__[field].default, tuple)
+
+    def convert(text: str) -> Any:
+        value = _number(text, parse)
+        try:
+            given: dict[str, Any] = {field: (value,) if several else value}
+            SamplingParams(**given)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return value
+
+    return convert
+
+
+def _number(text: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(text)
+    except ValueError:
+        kind = "a whole number" if parse is int else "a number"
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {kind}") from None
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:

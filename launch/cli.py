@@ -17,9 +17,10 @@ import os
 import signal
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 from tp_mamba.launch.arguments import add_common
+from tp_mamba.launch.console import OutputError, streams_that_take_all, tell, visible, write
 from tp_mamba.launch.ranks.failures import LaunchError, Teller, UsageError, under_torchrun
 from tp_mamba.launch.ranks.signals import StoppedError, ending_at_once
 from tp_mamba.launch.ranks.start import leave_in_time, make_tensor_parallel, resolve_rank_count, start_ranks
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 VERBS = ("generate", "verify", "plan", "info", "shard", "merge")
 ONCE = frozenset({"plan", "info", "shard", "merge"})
 """Verbs that compute nothing on ranks: of those that torchrun has started, rank 0 runs them alone."""
+
+READER_LEFT = 128 + signal.SIGPIPE
+"""Exit status where nobody reads stdout any more (`| head`): there is nothing to say."""
 
 DESCRIPTION = "Run a Mamba-1 checkpoint tensor-parallel, over the GPUs or CPU cores of one machine or many."
 
@@ -59,19 +63,26 @@ class Verb(Protocol):
 
 def main(argv: list[str] | None = None) -> int:
     """``tp-mamba``, alone or as a rank of torchrun's; returns the exit status."""
-    args = make_parser().parse_args(argv)
-    args.debug = args.debug or os.environ.get("TP_MAMBA_DEBUG") == "1"
-    teller = Teller(args.verb)
-    with teller.ended_with_a_word():
-        return execute(args, teller)
+    given = sys.argv[1:] if argv is None else argv
+    verb = next((word for word in given if word in VERBS), "")
+    with streams_that_take_all(verb):
+        try:
+            args = make_parser().parse_args(given)
+        except BrokenPipeError:
+            return READER_LEFT
+        except OutputError as error:
+            tell(verb, "error", str(error))
+            return 1
+        args.debug = args.debug or os.environ.get("TP_MAMBA_DEBUG") == "1"
+        teller = Teller(args.verb)
+        with teller.ended_with_a_word():
+            return execute(args, teller)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command, with one sub-parser per verb."""
     raw = argparse.RawDescriptionHelpFormatter  # leaves the examples' lines as they are
-    parser = argparse.ArgumentParser(
-        prog="tp-mamba", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw
-    )
+    parser = _Parser(prog="tp-mamba", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name in VERBS:
@@ -101,9 +112,7 @@ def execute(args: argparse.Namespace, teller: Teller) -> int:
     except Exception as error:
         name = error.failure.error if isinstance(error, LaunchError) else type(error).__name__
         if name == "BrokenPipeError":
-            # The reader (`| head`) has left: nothing to say. Python would complain again on flushing at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
+            return READER_LEFT
         teller.tell(error, debug=args.debug)
         return 2 if isinstance(error, UsageError) else 1
     finally:
@@ -127,16 +136,30 @@ def run_verb(args: argparse.Namespace) -> int:
 
 def run_rank(args: argparse.Namespace) -> int:
     """One rank's part of a verb: join the others and work."""
-    return _load(args.verb).run(args, make_tensor_parallel(args.device, args.backend))
+    with streams_that_take_all(args.verb):
+        return _load(args.verb).run(args, make_tensor_parallel(args.device, args.backend))
 
 
 def _load(name: str) -> Verb:
     return cast(Verb, import_module(f"tp_mamba.launch.verbs.{name}"))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Prints through the console, which says what became of it."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is sys.stdout:
+            write(message)
+        else:
+            super()._print_message(message, file)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))
+
+
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
-        print(f"tp-mamba {version('tp-mamba')}")
+        write(f"tp-mamba {version('tp-mamba')}\n")
         parser.exit()

@@ -7,26 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tp_mamba.launch.console import end_line, write_generated
+
 if TYPE_CHECKING:
     from tp_mamba.engine.request import TokenEvent
-
-
-_line_open = False
-"""Text was printed on stdout, and no end of line after it."""
-
-
-def write(text: str) -> None:
-    """Print a piece of text at once, as it is."""
-    global _line_open
-    if text:
-        _line_open = not text.endswith("\n")
-    print(text, end="", flush=True)
-
-
-def end_line() -> None:
-    """End the line of text that is open on stdout, if one is: what follows, on stderr too, gets its own."""
-    if _line_open:
-        write("\n")
 
 
 @dataclass(slots=True)
@@ -56,7 +40,7 @@ class Output:
     def follow(self, events: Iterable[TokenEvent]) -> None:
         """Take every event, in order; an error on the way finds the line of text ended."""
         if self.speaks and len(self.prompts) == 1:
-            write(self.prompts[0])
+            write_generated(self.prompts[0])
         try:
             for event in events:
                 self._take(event)
@@ -77,10 +61,10 @@ class Output:
 
     def _print(self, event: TokenEvent) -> None:
         if len(self.prompts) == 1:
-            write((event.text or "") + ("\n" if event.finish_reason else ""))
+            write_generated((event.text or "") + ("\n" if event.finish_reason else ""))
         elif event.finish_reason:
             text = self.prompts[event.index] + "".join(self.pieces[event.index])
-            write(f"[{event.index + 1}] {text}\n\n")
+            write_generated(f"[{event.index + 1}] {text}\n\n")
 
     def results(self) -> list[dict[str, Any]]:
         """One entry a prompt, in the order given."""

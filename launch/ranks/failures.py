@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from tp_mamba.launch.output import end_line
+from tp_mamba.launch.console import end_line, harmless, tell
 from tp_mamba.launch.ranks.signals import on_sigterm
 
 GRACE_S = 2.0
@@ -153,15 +153,12 @@ class Teller:
             failure = RankFailure.of(error, rank)
             leave_for_torchrun(failure, debug=debug)
             if debug:
-                print(
-                    error.failure.trace if isinstance(error, LaunchError) else failure.trace,
-                    file=sys.stderr,
-                    end="",
-                )
+                trace = error.failure.trace if isinstance(error, LaunchError) else failure.trace
+                print(harmless(trace), file=sys.stderr, end="")
             tells = is_teller(failure)
             if tells:
                 where = f"rank {rank}: " if rank and not failure.consequence else ""
-                self._print(f"{where}{failure.sentence}")
+                tell(self._verb, "error", f"{where}{failure.sentence}")
         if failure.consequence or not tells:
             time.sleep(GRACE_S)
 
@@ -172,10 +169,7 @@ class Teller:
             end_line()
             claim = _claim()
             if not self._had_its_turn and (rank == 0 if claim is None else _take(claim)):
-                self._print(sigterm_sentence(rank))
-
-    def _print(self, sentence: str) -> None:
-        print(f"tp-mamba {self._verb}: error: {sentence}", file=sys.stderr, flush=True)
+                tell(self._verb, "error", sigterm_sentence(rank))
 
 
 def is_teller(failure: RankFailure) -> bool:

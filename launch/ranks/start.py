@@ -139,6 +139,8 @@ def first_of(failures: Sequence[RankFailure]) -> RankFailure:
 def resolve_rank_count(asked: int | str | None, device: str | None) -> int:
     """How many ranks to run: ``--tp``, the GPUs of this host for ``auto``, or what torchrun has started.
 
+    Nothing but ``auto`` imports torch.
+
     Raises:
         UsageError: torchrun has started another number of ranks than ``--tp`` asks for.
     """
@@ -157,24 +159,40 @@ def resolve_rank_count(asked: int | str | None, device: str | None) -> int:
     return asked if isinstance(asked, int) else 1
 
 
-def check_device(device: str | None, backend: str | None) -> None:
-    """Refuse a device and a backend that do not go together, or that this host does not have.
+def check_device_arguments(device: str | None, backend: str | None) -> None:
+    """Refuse a device and a backend that do not go together. Imports nothing.
 
     Raises:
         UsageError: the backend cannot serve the device.
-        ValueError: there is no GPU, and one is needed.
     """
-    import torch
-
     wanted = BACKENDS.get(device)
     if backend is not None and wanted is not None and backend != wanted:
         raise UsageError(
             f"--device {device} with --backend {backend}: {device} ranks communicate through {wanted}"
         )
-    if (device == "cuda" or backend == "nccl") and not torch.cuda.is_available():
+
+
+def check_device(device: str | None, backend: str | None, ranks: int) -> None:
+    """Refuse what this host's GPUs cannot serve, ``ranks`` that are to start here included.
+
+    A CPU computes where it was asked for, or where there is no GPU; never because there are too few.
+
+    Raises:
+        ValueError: there is no GPU and one is needed, or there are fewer than ranks.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if (device == "cuda" or backend == "nccl") and not gpus:
         asked = "--device cuda" if device == "cuda" else "--backend nccl"
         raise ValueError(
             f"{asked} on a host where torch finds no GPU: use --device cpu, or a torch built for this GPU"
+        )
+    # Under torchrun the ranks of a host are known to the ranks alone: TensorParallel.from_env looks at them.
+    if device != "cpu" and backend != "gloo" and 0 < gpus < ranks and not under_torchrun():
+        raise ValueError(
+            f"--tp {ranks} on a host with {gpus} GPU{'s' * (gpus > 1)}, and each rank needs its own: use --tp {gpus}, "
+            "or --device cpu to compute on the CPU"
         )
 
 
@@ -197,13 +215,13 @@ def make_tensor_parallel(device: str | None, backend: str | None) -> TensorParal
     Without a device given, gloo means a CPU, at one rank as at several.
 
     Raises:
-        ValueError: as :func:`check_device`.
+        ValueError: as :func:`check_device` and :meth:`TensorParallel.from_env`.
     """
     import torch
 
     from tp_mamba.parallel.group import TensorParallel
 
-    check_device(device, backend)
+    check_device(device, backend, 1)
     if under_torchrun():
         tp = TensorParallel.from_env(backend or BACKENDS.get(device))
     else:

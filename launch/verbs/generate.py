@@ -6,19 +6,25 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
+from tp_mamba.engine.params import SamplingParams
 from tp_mamba.launch.arguments import (
     DTYPES,
     add_checkpoint,
     add_device,
-    positive_int,
     rank_count,
+    sampling,
     torch_dtype,
 )
 from tp_mamba.launch.console import facts, human_bytes, print_json, progress_bar, show
 from tp_mamba.launch.output import Output
 from tp_mamba.launch.prompts import check_prompt_arguments, read_prompts, share_prompts
 from tp_mamba.launch.ranks.failures import under_torchrun
-from tp_mamba.launch.ranks.start import check_device, check_ranks, resolve_rank_count
+from tp_mamba.launch.ranks.start import (
+    check_device,
+    check_device_arguments,
+    check_ranks,
+    resolve_rank_count,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,36 +75,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device(ranks)
     ranks.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
-    sampling = parser.add_argument_group("sampling (in float32 the same text at every number of ranks)")
-    sampling.add_argument("--max-new-tokens", type=positive_int, default=128, metavar="N", help="default 128")
-    sampling.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy"
+    add_sampling(parser.add_argument_group("sampling (in float32 the same text at every number of ranks)"))
+
+
+def add_sampling(group: argparse._ActionsContainer) -> None:
+    """The arguments that become SamplingParams, with its limits and defaults."""
+    numbers: tuple[tuple[str, type[int] | type[float], str, str], ...] = (
+        ("max_new_tokens", int, "N", "default 128"),
+        ("temperature", float, "X", "0, the default, is greedy"),
+        ("top_k", int, "K", "sample among the K likeliest; 0: all"),
+        ("top_p", float, "P", "smallest set of likeliest tokens of mass P"),
+        ("min_p", float, "P", "drop tokens below P times the likeliest"),
+        ("repetition_penalty", float, "X", "above 1: repeat less"),
+        ("seed", int, "N", "default 0"),
     )
-    sampling.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: all"
+    for field, parse, metavar, text in numbers:
+        name, default = f"--{field.replace('_', '-')}", SamplingParams.__dataclass_fields__[field].default
+        group.add_argument(name, type=sampling(field, parse), default=default, metavar=metavar, help=text)
+    several: tuple[tuple[str, str, type[int] | type[str], str, str], ...] = (
+        ("stop", "--stop", str, "TEXT", "end before this text; may be repeated"),
+        ("stop_token_ids", "--stop-token-id", int, "ID", "end at this token; may be repeated"),
     )
-    sampling.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="smallest set of likeliest tokens of mass P"
-    )
-    sampling.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="drop tokens below P times the likeliest"
-    )
-    sampling.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less"
-    )
-    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
-    sampling.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
-    )
-    sampling.add_argument(
-        "--stop-token-id",
-        action="append",
-        type=int,
-        default=[],
-        metavar="ID",
-        help="end at this token; may be repeated",
-    )
-    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
+    for field, name, kind, metavar, text in several:
+        group.add_argument(
+            name,
+            dest=field,
+            action="append",
+            type=sampling(field, kind),
+            default=[],
+            metavar=metavar,
+            help=text,
+        )
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -106,27 +114,18 @@ def prepare(args: argparse.Namespace) -> None:
 
     Where torchrun has started the ranks already, the prompts are read in :func:`run`, by rank 0.
     """
-    from tp_mamba.checkpoint.location import resolve
-    from tp_mamba.engine.params import SamplingParams
-
-    check_device(args.device, args.backend)
+    check_device_arguments(args.device, args.backend)
     check_prompt_arguments(args.prompt, args.prompt_file)
+    size = resolve_rank_count(args.tp, args.device)
+    check_device(args.device, args.backend, size)
     args.prompts = None if under_torchrun() else read_prompts(args.prompt, args.prompt_file)
-    args.params = SamplingParams(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        stop_token_ids=tuple(args.stop_token_id),
-        stop=tuple(args.stop),
-        ignore_eos=args.ignore_eos,
-    )
+    given = {field: getattr(args, field) for field in SamplingParams.__dataclass_fields__}
+    args.params = SamplingParams(**given)
+    from tp_mamba.checkpoint.location import resolve
+
     # A model name is downloaded here, by one process.
     args.checkpoint = str(resolve(args.checkpoint))
-    check_ranks(args.checkpoint, resolve_rank_count(args.tp, args.device))
+    check_ranks(args.checkpoint, size)
 
 
 def run(args: argparse.Namespace, tp: TensorParallel) -> int:

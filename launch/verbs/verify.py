@@ -10,12 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tp_mamba.launch.arguments import add_checkpoint, add_device, positive_int, rank_counts
+from tp_mamba.launch.arguments import add_checkpoint, add_device, positive_int, rank_counts, tolerance
 from tp_mamba.launch.console import print_json, show, table
 from tp_mamba.launch.prompts import read_prompts, share_prompts
 from tp_mamba.launch.ranks.failures import UsageError, under_torchrun
 from tp_mamba.launch.ranks.start import (
     check_device,
+    check_device_arguments,
     check_ranks,
     make_tensor_parallel,
     resolve_rank_count,
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tp",
         type=rank_counts,
         metavar="N,N,...",
-        help="numbers of ranks to try (default 1,2,4; under torchrun, its own)",
+        help="numbers of ranks to try (default 1,2,4, as far as there are GPUs; under torchrun, its own)",
     )
     add_device(parser)
     parser.add_argument(
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=tolerance,
         default=1e-4,
         metavar="X",
         help="largest error allowed, of the largest logit (default 1e-4)",
@@ -74,17 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     """Choose sizes and reference; refuse what cannot be compared."""
-    from tp_mamba.checkpoint.location import resolve
-
-    check_device(args.device, args.backend)
+    check_device_arguments(args.device, args.backend)
     if args.tokens is not None and args.prompt is not None:
         raise UsageError("both --tokens and --prompt were given: choose random ids or a text")
     if args.tokenizer is not None and args.prompt is None:
         raise UsageError(
             "--tokenizer was given without --prompt: random token ids need none, add --prompt TEXT or leave it out"
         )
-    if not (math.isfinite(args.tolerance) and args.tolerance >= 0):
-        raise UsageError(f"--tolerance is {args.tolerance}: it must be a finite number of at least 0")
     if under_torchrun():
         asked = args.tp[0] if args.tp and len(args.tp) == 1 else None
         if args.tp and asked is None:
@@ -94,12 +91,23 @@ def prepare(args: argparse.Namespace) -> None:
             )
         args.sizes = [resolve_rank_count(asked, args.device)]
     else:
-        args.sizes = args.tp or [1, 2, 4]
+        args.sizes = args.tp or default_sizes(args.device, args.backend)
         if args.prompt is not None:
             (args.prompt,) = read_prompts([args.prompt], [])
+    from tp_mamba.checkpoint.location import resolve
+
+    check_device(args.device, args.backend, max(args.sizes))
     args.checkpoint = str(resolve(args.checkpoint))
     check_ranks(args.checkpoint, max(args.sizes))
     args.reference = _choose_reference(args.against, Path(args.checkpoint))
+
+
+def default_sizes(device: str | None, backend: str | None) -> list[int]:
+    """1, 2 and 4 ranks; of GPUs, which are taken where there are any, as many as there are."""
+    import torch
+
+    gpus = 0 if device == "cpu" or backend == "gloo" else torch.cuda.device_count()
+    return [size for size in (1, 2, 4) if size <= gpus or not gpus]
 
 
 def _choose_reference(against: str, folder: Path) -> str:
