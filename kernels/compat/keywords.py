@@ -1,4 +1,8 @@
-"""Keywords of other libraries that these kernels have no use for: taken at their default, else refused by name."""
+"""Keywords of other libraries that these kernels have no use for.
+
+Hints about how to launch or check change no result and pass with any value. The others would change it: they pass at
+their default, and are refused by name otherwise.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,13 @@ from collections.abc import Mapping
 
 import torch
 
+ANY_VALUE = object()
+"""In place of a default: a hint, which decides no result."""
+
+HINT = (ANY_VALUE, "")
+
 Unused = dict[str, tuple[object, str]]
-"""For each keyword its default and what to do instead of passing another value."""
+"""For each keyword its default and what to do instead of passing another value; :data:`HINT` for a hint."""
 
 
 def only_defaults(op: str, given: Mapping[str, object], unused: Unused) -> None:
@@ -26,5 +35,7 @@ def only_defaults(op: str, given: Mapping[str, object], unused: Unused) -> None:
         if name not in unused:
             raise TypeError(f"{op}() got an unexpected keyword argument {name!r}")
         default, remedy = unused[name]
+        if default is ANY_VALUE:
+            continue
         if value is not default and (isinstance(value, torch.Tensor) or value != default):
             raise ValueError(f"{op}: {name} is not supported; {remedy}")

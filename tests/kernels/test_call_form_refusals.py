@@ -70,18 +70,6 @@ def test_refusals_of_the_scan_and_the_convolution(change: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"metadata": object()}, "metadata is not supported; it plans the launches of vLLM's own kernel"),
-        ({"validate_data": True}, "validate_data is not supported; arguments are always checked here"),
-    ],
-)
-def test_unused_keywords_of_the_convolution(change: dict[str, Any], message: str) -> None:
-    assert_refused(convolve, "causal_conv1d_fn", change, message)
-    assert_refused(convolve_step, "causal_conv1d_update", change, message)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
         ({"state_batch_indices": TABLE}, "state_batch_indices has shape [2, 3] but block tables"),
         ({"num_accepted_tokens": ONE}, "num_accepted_tokens was given without state_batch_indices"),
         (
@@ -101,7 +89,6 @@ def test_unused_keywords_of_the_convolution(change: dict[str, Any], message: str
         ({"dst_state_batch_indices": ROWS[:, 0]}, "dst_state_batch_indices has dtype torch.float32"),
         ({"x": torch.zeros(2, 3, 2), "cu_seqlens": ONE}, "with cu_seqlens they must be [T, D]"),
         ({"dt": torch.zeros(3, 6), "cu_seqlens": ONE}, "dt has shape [3, 6] but [T, D] is [2, 6]"),
-        ({"is_blackwell": True}, "is_blackwell is not supported; launches are chosen by the properties"),
         ({"enable_stochastic_rounding": True}, "states are rounded to nearest here: keep them in float32"),
         ({"cache_philox_rounds": 4}, "cache_philox_rounds is not supported"),
         ({"bias_or_gate": ROWS, "z": ROWS}, "z was given twice, the second of shape [2, 6] by position"),

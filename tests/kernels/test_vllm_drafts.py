@@ -345,11 +345,12 @@ def test_both_orders_of_gate_and_bias(order: str) -> None:
     torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
 
 
-def test_unused_keywords_pass_at_their_defaults() -> None:
+@pytest.mark.parametrize("hint", [False, True])
+def test_unused_keywords_pass_at_their_defaults_and_hints_at_any_value(hint: bool) -> None:
     inputs = step_inputs(2, (6,), 4, torch.float32, False)
     vllm.selective_state_update(
         randn(3, 6, 4, seed=57), **inputs, state_batch_indices=int32(1, 2), num_accepted_tokens=None, cu_seqlens=None,
-        is_blackwell=False, enable_stochastic_rounding=False, cache_philox_rounds=0,
+        is_blackwell=hint, enable_stochastic_rounding=False, cache_philox_rounds=0,
     )  # fmt: skip
     x, weight = randn(2, 6, seed=58), randn(6, 4, seed=59)
     none = dict.fromkeys(("block_idx_last_scheduled_token", "initial_state_idx", "metadata"))
@@ -358,7 +359,7 @@ def test_unused_keywords_pass_at_their_defaults() -> None:
         randn(2, 6, 3, seed=60),
         weight,
         **none,
-        validate_data=False,
+        validate_data=hint,
         retrieve_parent_token=None,
         pad_slot_id=-1,
     )
@@ -370,7 +371,7 @@ def test_unused_keywords_pass_at_their_defaults() -> None:
         starts_of([2]),
         **none,
         block_size_to_align=0,
-        validate_data=False,
+        validate_data=hint,
     )
 
 

@@ -7,13 +7,13 @@ import torch
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn as _convolve
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_update as _step
 from tp_mamba.kernels.common.checks import check_device, check_indices, check_shape, slot_column
-from tp_mamba.kernels.compat.keywords import Unused, only_defaults
+from tp_mamba.kernels.compat.keywords import HINT, Unused, only_defaults
 from tp_mamba.kernels.compat.vllm.arguments import BLOCKS, no_slot
 from tp_mamba.kernels.compat.vllm.drafts import convolve_drafts
 
 _UNUSED: Unused = BLOCKS | {
-    "metadata": (None, "it plans the launches of vLLM's own kernel: leave it out"),
-    "validate_data": (False, "arguments are always checked here: leave it out"),
+    "metadata": HINT,  # plans the launches of vLLM's own kernel
+    "validate_data": HINT,  # arguments are always checked here
 }
 _UNUSED_OF_UPDATE: Unused = _UNUSED | {
     "retrieve_parent_token": (None, "drafts are one token after another here, not a tree"),
@@ -43,7 +43,7 @@ def causal_conv1d_fn(
         activation: None or False, ``"silu"``, ``"swish"`` or True (all three the same).
         null_block_id, pad_slot_id: the slot number that means no slot, two names for one; 0 unless given.
         block_size_to_align: of prefix caching, which is off: of no effect.
-        others: the tensors of prefix caching and ``metadata``, which must be None, and ``validate_data`` False.
+        others: the tensors of prefix caching, which must be None; the hints ``metadata`` and ``validate_data``.
 
     Returns:
         ``[D, T]``, channels contiguous where those of ``x`` are.
@@ -93,8 +93,8 @@ def causal_conv1d_update(
         query_start_loc: ``[S + 1]`` int32: rows ``[s] .. [s + 1] - 1`` of ``x`` belong to sequence s, perhaps none.
         max_query_len: with both of the former, the most tokens of a sequence.
         null_block_id, pad_slot_id: the slot number that means no slot, two names for one; 0 unless given.
-        others: the tensors of prefix caching, ``metadata`` and ``retrieve_parent_token``, which must be None, and
-            ``validate_data`` False.
+        others: the tensors of prefix caching and ``retrieve_parent_token``, which must be None; the hints ``metadata``
+            and ``validate_data``.
 
     Returns:
         As ``x``. Rows of sequences at the null block are zeros, or with ``query_start_loc`` start from zeros.

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from tp_mamba.kernels.common.checks import check_device, check_indices, check_shape, slot_column
-from tp_mamba.kernels.compat.keywords import Unused, only_defaults
+from tp_mamba.kernels.compat.keywords import HINT, Unused, only_defaults
 from tp_mamba.kernels.compat.vllm.arguments import first_slots, no_slot
 from tp_mamba.kernels.compat.vllm.drafts import update_states_of_drafts, update_states_to
 from tp_mamba.kernels.selective_state_update import selective_state_update as _step
 
 _ROUNDING = "states are rounded to nearest here: keep them in float32"
 _UNUSED: Unused = {
-    "is_blackwell": (False, "launches are chosen by the properties of the device: leave it out"),
+    "is_blackwell": HINT,  # launches are chosen by the properties of the device
     "enable_stochastic_rounding": (False, _ROUNDING),
     "cache_philox_rounds": (0, _ROUNDING),
 }
@@ -57,7 +57,7 @@ def selective_state_update(
             column t of ``dst_state_batch_indices``. Values are read on the device and not checked.
         cu_seqlens: ``[S + 1]`` int32: rows ``[s] .. [s + 1] - 1`` are successive tokens of sequence s; heads only with
             ``num_accepted_tokens``. By default each row is a sequence.
-        others: ``is_blackwell`` False, ``enable_stochastic_rounding`` False, ``cache_philox_rounds`` 0.
+        others: the hint ``is_blackwell``; ``enable_stochastic_rounding`` False, ``cache_philox_rounds`` 0.
 
     Returns:
         ``out``. Rows of sequences at the null block are zeros, or with ``cu_seqlens`` or ``num_accepted_tokens`` run
