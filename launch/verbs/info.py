@@ -61,6 +61,7 @@ def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     """Everything ``tp-mamba info`` says of the checkpoint in ``folder``."""
     from tp_mamba.checkpoint.matching import compare
+    from tp_mamba.checkpoint.sources.candidates import find_weights
     from tp_mamba.checkpoint.sources.open import open_source
     from tp_mamba.config import MambaConfig
     from tp_mamba.models.registry import get_family
@@ -71,18 +72,18 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     comparison = compare(expected, source, get_family(config.model_type))
     refusal = comparison.refusal or _tied_refusal(source, comparison)
     sizes = Sizes(*(getattr(config, name) for name in Sizes._fields))
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    weights = find_weights(folder)
     dtypes = Counter(str(source.dtype(name)).removeprefix("torch.") for name in source.names())
     return {
         "checkpoint": str(folder),
         "family": config.model_type,
-        "layout": _layout(folder),
+        "layout": weights.layout.value,
         "sizes": sizes._asdict(),
         "tied": config.tie_word_embeddings,
         "parameters": sum(math.prod(tensor.shard.shape) for tensor in expected),
         "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch."),
         "stored_dtypes": dict(dtypes),
-        "files": {path.name: path.stat().st_size for path in files},
+        "files": {path.name: path.stat().st_size for path in sorted(weights.files)},
         "complete": refusal is None,
         "refusal": refusal,
         **{kind: getattr(comparison, kind) for kind in DIFFERENCES},
@@ -109,18 +110,6 @@ def _tied_refusal(source: TensorSource, comparison: Comparison) -> str | None:
     except CheckpointError as error:
         return str(error)
     return None
-
-
-def _layout(folder: Path) -> str:
-    from tp_mamba.checkpoint.files import BIN, MANIFEST
-
-    if (folder / MANIFEST).is_file():
-        return "one file a rank, by tp-mamba shard"
-    return (
-        "pickled .bin"
-        if list(folder.glob(f"{BIN}*")) and not list(folder.glob("*.safetensors"))
-        else "safetensors"
-    )
 
 
 def _lines(report: dict[str, Any]) -> list[tuple[str, object]]:
