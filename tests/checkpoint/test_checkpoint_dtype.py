@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tp_mamba.checkpoint.dtype import checkpoint_dtype, main_dtype, quantized_tensor
+from tp_mamba.checkpoint.dtype import checkpoint_dtype, quantized_tensor
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.sources.open import open_source
 
@@ -25,8 +25,6 @@ def source_of(folder, **dtypes):
 def test_most_numbers_decide(tmp_path):
     source = source_of(tmp_path, a=torch.bfloat16, b=torch.bfloat16, A_log=torch.float32, D=torch.float32)
     assert checkpoint_dtype(source) == torch.bfloat16
-    assert main_dtype([(torch.int64, (9,)), (torch.float16, (2, 2)), (torch.float32, (3,))]) == torch.float16
-    assert main_dtype([(torch.int8, (9,)), (torch.float8_e4m3fn, (9,))]) is None
 
 
 def test_no_weights_at_all(tmp_path):

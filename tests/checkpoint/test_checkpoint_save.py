@@ -94,6 +94,17 @@ def test_config_names_the_dtype_of_what_was_written(dtype, checkpoint, tmp_path)
             assert torch.equal(param, other), name
 
 
+def test_config_of_a_model_converted_in_part(checkpoint, tmp_path):
+    """The wider dtype is named, so that loading rounds nothing."""
+    model = MambaForCausalLM.from_pretrained(checkpoint()[0])
+    model.lm_head.bfloat16()  # and the embedding with it, which it shares
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "float32"
+    again = MambaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.backbone.embeddings.weight, model.backbone.embeddings.weight.float())
+    assert torch.equal(again.backbone.norm_f.weight, model.backbone.norm_f.weight)
+
+
 @pytest.mark.parametrize("value", [0.5, float("inf")])
 def test_a_that_became_positive_is_refused(value, checkpoint, tmp_path):
     folder, _ = checkpoint()

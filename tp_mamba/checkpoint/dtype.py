@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from math import prod
 
 import torch
@@ -21,23 +20,16 @@ def checkpoint_dtype(source: TensorSource) -> torch.dtype:
     Raises:
         CheckpointError: it has no tensor of a floating dtype that weights may have.
     """
-    names = [name for name in source.names() if source.dtype_name(name) in _PLAIN]
-    dtype = main_dtype((source.dtype(name), source.shape(name)) for name in names)
-    if dtype is None:
+    numbers: Counter[torch.dtype] = Counter()
+    for name in source.names():
+        if source.dtype_name(name) in _PLAIN:
+            numbers[source.dtype(name)] += prod(source.shape(name))
+    if not numbers:
         raise CheckpointError(
             "the checkpoint holds no tensor in float32, bfloat16 or float16: convert it to one of them, or give the "
             "folder of a Mamba-1 model"
         )
-    return dtype
-
-
-def main_dtype(specs: Iterable[tuple[torch.dtype, tuple[int, ...]]]) -> torch.dtype | None:
-    """The floating dtype that most numbers of tensors of these dtypes and shapes have; None if none has one."""
-    numbers: Counter[torch.dtype] = Counter()
-    for dtype, shape in specs:
-        if dtype.is_floating_point and dtype.itemsize > 1:
-            numbers[dtype] += prod(shape)
-    return max(numbers, key=numbers.__getitem__, default=None)
+    return max(numbers, key=numbers.__getitem__)
 
 
 def quantized_tensor(source: TensorSource) -> tuple[str, str] | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import reduce
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from tp_mamba.checkpoint.dtype import main_dtype
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.files import CONFIG, SAFETENSORS, copy_companions, write_json
 from tp_mamba.checkpoint.names import filed
@@ -52,8 +52,9 @@ def save_model(model: CausalLM, folder: str | Path, *, max_shard_bytes: int = MA
         tensors |= {name: (tensor, how, i) for i, name in enumerate(how.sources)}
     specs = {name: (_file_dtype(t), how.source_shapes()[i]) for name, (t, how, i) in tensors.items()}
     files = plan_files(specs, max_shard_bytes)
-    # What the weights are now: A, D and dt bias, which are wider than the rest, have no say.
-    dtype = main_dtype(specs[name] for name, (tensor, *_) in tensors.items() if not tensor.shard.wide)
+    dtype = _declared_dtype(
+        {specs[name][0] for name, (tensor, *_) in tensors.items() if not tensor.shard.wide}
+    )
     with ExitStack() as stack:
         new: Path | None = None
         with tp.agreed():
@@ -167,6 +168,15 @@ def _refuse_unwritable(tensor: ShardedTensor) -> None:
             f"{name} holds {held[lost][0].item():g}, which {tensor.names[0]} cannot stand for ({int(lost.sum())} such "
             "in all), and nothing was written: correct it first (A is -exp(A_log), always negative)"
         )
+
+
+def _declared_dtype(written: set[torch.dtype]) -> torch.dtype | None:
+    """The dtype for config.json, by which the weights will be loaded: the narrowest that holds all of them.
+
+    A, D and dt bias, which are wider than the rest, have no say. None where no weight is of a floating dtype.
+    """
+    floating = [dtype for dtype in written if dtype.is_floating_point and dtype.itemsize > 1]
+    return reduce(torch.promote_types, floating) if floating else None
 
 
 def _file_dtype(tensor: ShardedTensor) -> torch.dtype:
