@@ -5,8 +5,10 @@
 The product is summed, the bias added and the softplus taken in float32 (float64 for float64 input); the result is
 rounded once. This is Mamba's dt_proj with what the selective scan would else do to every time step it reads.
 
-Bits: a row of the result depends on the other rows in no way, but calls of at most 64 tokens and of more sum a row
-in different orders.
+Bits: a row of the result depends neither on the other rows nor, within a class of calls, on their number. There are
+two classes of 16-bit products on a GPU: up to 64 tokens (``mma.sync``, the instruction of ``dt_proj_state_update``)
+and more (``wgmma``, without which prompts would take longer), whose rounding need not be the same. So the time steps of
+a prompt may depend in their last bit on whether it is cut into pieces of at most 64 tokens. float32 has one order.
 """
 
 from __future__ import annotations
@@ -14,28 +16,34 @@ from __future__ import annotations
 import torch
 
 from tp_mamba.kernels.common.checks import (
+    Operand,
     check_device,
     check_floating,
     check_shape,
     refuse_grad,
     without_gaps,
 )
-from tp_mamba.kernels.common.dispatch import use_triton
+from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
+from tp_mamba.kernels.common.remember import Form, Key, forms, key_of, remembered
+from tp_mamba.kernels.common.static_operands import declare_static_operands
 
 _OP = "linear_softplus"
 
 torch.library.define("tp_mamba::linear_softplus", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
-@torch.library.impl("tp_mamba::linear_softplus", ("cpu", "cuda"))
 def _linear_softplus(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if use_triton(x):
-        from tp_mamba.kernels.linear_softplus.mixer import launch as run
+        from tp_mamba.kernels.linear_softplus.any import launch as run
     else:
         from tp_mamba.kernels.linear_softplus.cpu import linear_softplus_cpu as run
-    out = x.new_empty(x.shape[0], weight.shape[0])
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     run(out, x, weight, without_gaps(bias))
     return out
+
+
+torch.library.impl("tp_mamba::linear_softplus", ("cpu", "cuda"), _linear_softplus)
+declare_static_operands("tp_mamba::linear_softplus", "weight", "bias")
 
 
 @torch.library.register_fake("tp_mamba::linear_softplus")
@@ -61,26 +69,30 @@ def linear_softplus(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         ValueError: an argument has a wrong shape, dtype or device.
         RuntimeError: an input requires grad while grad mode is on.
     """
-    inputs = [("x", x), ("weight", weight), ("bias", bias)]
+    _check(key_of(x), key_of(weight), key_of(bias))
+    refuse_grad(_OP, (("x", x), ("weight", weight), ("bias", bias)))
+    op = _linear_softplus if calls_directly(x, weight, bias) else torch.ops.tp_mamba.linear_softplus
+    return op(x, weight, bias)
+
+
+@remembered
+def _check(x: Key, weight: Key, bias: Key | None) -> None:
+    inputs = forms(x=x, weight=weight, bias=bias)
     check_floating(_OP, inputs)
-    check_device(_OP, x.device, "x", inputs)
-    check_product(_OP, x, weight, bias)
-    refuse_grad(_OP, inputs)
-    return torch.ops.tp_mamba.linear_softplus(x, weight, bias)
+    check_device(_OP, x[2], "x", inputs)
+    check_product(_OP, Form(*x), Form(*weight), None if bias is None else Form(*bias))
 
 
-def check_product(
-    op: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, name: str = "x"
-) -> None:
+def check_product(op: str, x: Operand, weight: Operand, bias: Operand | None, name: str = "x") -> None:
     """Refuse, in the name of ``op``, shapes and dtypes that do not fit one another; ``name`` is that of ``x``."""
-    if x.dim() != 2 or x.shape[1] == 0:
+    if len(x.shape) != 2 or x.shape[1] == 0:
         raise ValueError(
             f"{op}: {name} has shape {list(x.shape)} but must be [T, R] with at least one column; flatten the tokens"
         )
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+    if len(weight.shape) != 2 or weight.shape[1] != x.shape[1]:
         raise ValueError(
             f"{op}: weight has shape {list(weight.shape)} but must be [D, R] with R = {x.shape[1]}, as in {name}; "
-            "give it a row a channel"
+            "give it one row per channel"
         )
     if weight.dtype != x.dtype:
         raise ValueError(

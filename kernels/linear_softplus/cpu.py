@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from tp_mamba.kernels.common.dtypes import wide_dtype
+
 
 def linear_softplus_cpu(
     out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
-    """Same contract as ``linear_softplus_triton.launch``."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    """Same contract as ``any.launch``."""
+    dtype = wide_dtype(x.dtype)
     into = out if out.dtype == dtype else None
     x, weight_t = x.to(dtype), weight.to(dtype).t()
     v = (

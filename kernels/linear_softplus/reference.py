@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import torch
 
+from tp_mamba.kernels.common.dtypes import wide_dtype
+
 
 def linear_softplus_reference(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``[T, D]`` in the dtype of ``x [T, R]``; ``weight [D, R]``, ``bias [D]``. The threshold of softplus is 20."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(x.dtype)
     v = x.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
         v = v + bias.to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from kernel_testing import (
     assert_within_twice,
     compile_as_launched,
     double,
-    poisoned_like,
     specialization,
     stack_bytes,
     to,
     triton_device,
 )
+from poisoning import poisoned_memory
 
-from tp_mamba.kernels.linear_softplus import linear_softplus
+from tp_mamba.kernels.common.device import INTERPRETED
+from tp_mamba.kernels.linear_softplus import launch, linear_softplus
 from tp_mamba.kernels.linear_softplus.reference import linear_softplus_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -63,14 +65,20 @@ def any_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 def kernels() -> Any:
     """The kernels' module as it is now: ``triton_device`` imports another one to be interpreted."""
-    return importlib.import_module("tp_mamba.kernels.linear_softplus.mixer")
+    return importlib.import_module("tp_mamba.kernels.linear_softplus.any")
+
+
+def plan_otherwise(monkeypatch: pytest.MonkeyPatch, few_outputs: int) -> None:
+    """Plans as for a GPU of one SM, on which so many outputs are few."""
+    monkeypatch.setattr(launch, "FEW_OUTPUTS", few_outputs)
+    monkeypatch.setattr(kernels(), "launch_plan", launch.launch_plan.__wrapped__)  # without its memory
+    monkeypatch.setattr(kernels(), "device_properties", lambda device: replace(INTERPRETED, sm_count=1))
 
 
 @pytest.fixture
 def streaming(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """As ``device``, but with the weight held from 65 tokens on, however few the outputs, by at most two programs."""
-    monkeypatch.setattr(kernels(), "FEW_OUTPUTS", 0)
-    monkeypatch.setattr(kernels(), "_processors", lambda device: 1)
+    plan_otherwise(monkeypatch, few_outputs=0)
     monkeypatch.setattr(kernels(), "_tiled_kernel", None)
     return device
 
@@ -85,13 +93,9 @@ def make(T: int, D: int, R: int, dtype: torch.dtype = torch.float32, seed: int =
     }
 
 
-def check(inputs: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+def check(inputs: dict[str, Any], device: torch.device) -> torch.Tensor:
     """One call within twice the reference's error; every element of what the op allocates is written."""
-    new_empty = torch.Tensor.new_empty
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            torch.Tensor, "new_empty", lambda *args, **kwargs: poisoned_like(new_empty(*args, **kwargs))
-        )
+    with poisoned_memory():
         actual = linear_softplus(**to(inputs, device))
     assert actual.dtype == inputs["x"].dtype
     assert actual.is_contiguous()
@@ -106,33 +110,29 @@ def check(inputs: dict[str, Any], device: torch.device, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "D", "R"), SIZES)
-def test_matches_float64(
-    any_device: torch.device, monkeypatch: pytest.MonkeyPatch, T: int, D: int, R: int, dtype: torch.dtype
-) -> None:
-    check(make(T, D, R, dtype), any_device, monkeypatch)
+def test_matches_float64(any_device: torch.device, T: int, D: int, R: int, dtype: torch.dtype) -> None:
+    check(make(T, D, R, dtype), any_device)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("T", "D", "R"), STREAMED)
 def test_streaming_matches_float64(
-    streaming: torch.device, monkeypatch: pytest.MonkeyPatch, T: int, D: int, R: int, dtype: torch.dtype
+    streaming: torch.device, T: int, D: int, R: int, dtype: torch.dtype
 ) -> None:
-    check(make(T, D, R, dtype), streaming, monkeypatch)
+    check(make(T, D, R, dtype), streaming)
 
 
 @pytest.mark.parametrize("T", [8, 80])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("step", TIME_STEPS)
-def test_softplus_at_every_size(
-    any_device: torch.device, monkeypatch: pytest.MonkeyPatch, step: float, dtype: torch.dtype, T: int
-) -> None:
+def test_softplus_at_every_size(any_device: torch.device, step: float, dtype: torch.dtype, T: int) -> None:
     inputs = make(T, 40, 24, dtype)
     inputs["bias"] = step + 0.2 * torch.randn(40, generator=torch.Generator().manual_seed(1))
     inputs["weight"] *= 0.2
-    check(inputs, any_device, monkeypatch)
+    check(inputs, any_device)
 
 
-def check_any_bias(T: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_any_bias(T: int, device: torch.device) -> None:
     inputs = make(T, 50, 20, torch.bfloat16)
     for bias in (
         None,
@@ -140,43 +140,43 @@ def check_any_bias(T: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
         inputs["bias"].double(),
         inputs["bias"].repeat_interleave(2)[::2],
     ):
-        check(inputs | {"bias": bias}, device, monkeypatch)
+        check(inputs | {"bias": bias}, device)
 
 
 @pytest.mark.parametrize("T", [9, 90])
-def test_bias_of_any_dtype_or_none(any_device: torch.device, monkeypatch: pytest.MonkeyPatch, T: int) -> None:
-    check_any_bias(T, any_device, monkeypatch)
+def test_bias_of_any_dtype_or_none(any_device: torch.device, T: int) -> None:
+    check_any_bias(T, any_device)
 
 
 def test_streaming_with_a_bias_of_any_dtype_or_none(
-    streaming: torch.device, monkeypatch: pytest.MonkeyPatch
+    streaming: torch.device,
 ) -> None:
-    check_any_bias(90, streaming, monkeypatch)
+    check_any_bias(90, streaming)
 
 
-def check_any_strides(T: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_any_strides(T: int, device: torch.device) -> None:
     """x as columns of a wider tensor or transposed; weight transposed or with gaps."""
     plain = make(T, 50, 20, torch.bfloat16)
     wide, tall = torch.zeros(T, 31, dtype=torch.bfloat16), torch.zeros(100, 40, dtype=torch.bfloat16)
     wide[:, 3:23], tall[::2, ::2] = plain["x"], plain["weight"]
-    expected = check(plain, device, monkeypatch)
+    expected = check(plain, device)
     for change in (
         {"x": wide[:, 3:23]},
         {"x": plain["x"].t().contiguous().t()},
         {"weight": plain["weight"].t().contiguous().t()},
         {"weight": tall[::2, ::2]},
     ):
-        actual = check(plain | change, device, monkeypatch)
+        actual = check(plain | change, device)
         torch.testing.assert_close(actual, expected, rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("T", [1, 9, 90])
-def test_any_strides(any_device: torch.device, monkeypatch: pytest.MonkeyPatch, T: int) -> None:
-    check_any_strides(T, any_device, monkeypatch)
+def test_any_strides(any_device: torch.device, T: int) -> None:
+    check_any_strides(T, any_device)
 
 
-def test_streaming_of_any_strides(streaming: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_any_strides(90, streaming, monkeypatch)
+def test_streaming_of_any_strides(streaming: torch.device) -> None:
+    check_any_strides(90, streaming)
 
 
 @pytest.mark.parametrize(("R", "biased"), [(40, True), (300, False)])
@@ -188,8 +188,7 @@ def test_row_does_not_depend_on_its_batch(
     matmul = np.matmul
     # In the interpreter a tile's product is numpy's, whose order of a sum may depend on the tile: not so in float64.
     monkeypatch.setattr(np, "matmul", lambda a, b, dtype: matmul(a, b, dtype=np.float64).astype(dtype))
-    monkeypatch.setattr(kernels(), "FEW_OUTPUTS", 128 * D)  # then 129 tokens are many
-    monkeypatch.setattr(kernels(), "_processors", lambda device: 1)
+    plan_otherwise(monkeypatch, few_outputs=128 * D)  # then 129 tokens are many
     inputs = to(make(300, D, R, torch.bfloat16), device)
     bias = inputs["bias"] if biased else None
 
@@ -209,10 +208,9 @@ def test_row_does_not_depend_on_its_batch(
 
 def test_classes_of_calls() -> None:
     """The borders: 16 and 64 tokens, 2^21 outputs. Nothing but ``tiles`` depends on T within a class."""
-    launch_shape = kernels().launch_shape
 
     def shape(T: int, dtype: torch.dtype = torch.bfloat16, R: int = 256) -> Any:
-        return launch_shape(T, 4096, R, dtype, 132)._replace(tiles=0)
+        return replace(launch.launch_plan(T, 4096, R, dtype, INTERPRETED), tiles=0)
 
     for classes, options in (
         ([range(1, 17), range(17, 65), range(65, 513), range(513, 3000)], {}),
@@ -261,7 +259,7 @@ def test_compiled_and_opcheck() -> None:
 def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any]) -> tuple[str, Any, Any]:
     """Name and kernel of the launch that the Triton path would make for a call, and that launch."""
     import tp_mamba.kernels.linear_softplus as op
-    import tp_mamba.kernels.linear_softplus.mixer as module
+    import tp_mamba.kernels.linear_softplus.any as module
 
     names = ("_streaming_kernel", "_tiled_kernel")
     launches = {name: Launches() for name in names}
@@ -299,9 +297,7 @@ def test_four_compilations_for_all_token_counts(monkeypatch: pytest.MonkeyPatch)
 )
 def test_programs_fill_the_gpu_once(T: int, D: int) -> None:
     """With the weight held, programs are at most two a multiprocessor, and no more than a tenth too few."""
-    from tp_mamba.kernels.linear_softplus.mixer import launch_shape
-
-    shape = launch_shape(T, D, 256, torch.bfloat16, 132)
+    shape = launch.launch_plan(T, D, 256, torch.bfloat16, INTERPRETED)
     assert shape.streaming
     runs = -(-T // (shape.BLOCK_T * shape.tiles))
     programs = runs * -(-D // shape.BLOCK_D)
@@ -344,6 +340,7 @@ def test_compiles_for_hopper_without_spills(
         assert kinds == {f"mma.sync.aligned.m16n8k16.row.col.f32.{of}.{of}.f32" if T <= 64 else name}
 
 
+@pytest.mark.pinned_toolchain
 def test_two_programs_share_a_hopper_multiprocessor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The softplus of one then hides behind the product of the other; and few instructions go beside the softplus."""
     from triton import knobs
