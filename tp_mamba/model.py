@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from tokenizers import Tokenizer
 
+from tp_mamba.checkpoint.companions import read_companions
 from tp_mamba.checkpoint.dtype import checkpoint_dtype
 from tp_mamba.checkpoint.load import load_model
 from tp_mamba.checkpoint.location import resolve
@@ -55,7 +57,8 @@ class MambaForCausalLM(CausalLM):
     ) -> Self:
         """Load a published checkpoint, or one that ``tp-mamba shard`` wrote; every rank calls this.
 
-        Each rank reads its own slices only, one tensor at a time, straight to its device.
+        Each rank reads its own slices only, one tensor at a time, straight to its device. Where generation_config.json
+        names end-of-text ids, they take the place of those in config.json; nothing else of it is applied.
 
         Args:
             path_or_name: a folder, or a name on the Hugging Face hub, which is downloaded.
@@ -72,6 +75,8 @@ class MambaForCausalLM(CausalLM):
         with tp.agreed():
             folder = resolve(path_or_name)
             config = MambaConfig.from_pretrained(folder)
+            if (ends := read_companions(folder).eos_token_ids) is not None:
+                config = replace(config, eos_token_ids=ends)
             source = open_source(folder, rank=tp.rank, size=tp.size)
             refuse_other_depth(config, source)
             if dtype is None and config.dtype is None:

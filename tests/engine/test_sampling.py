@@ -8,8 +8,11 @@ import torch
 from transformers.generation import logits_process as hf
 
 from tp_mamba.engine.params import SamplingParams
+from tp_mamba.engine.request import Request
 from tp_mamba.engine.sampler import (
     NOT_FINITE,
+    RowParams,
+    Sampler,
     choose,
     draw,
     penalise_repetition,
@@ -113,6 +116,70 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     together = choose(logits, params, uniforms=uniforms)
     alone = [choose(logits[i : i + 1], params, uniforms=uniforms[i : i + 1]).item() for i in range(9)]
     assert together.tolist() == alone
+
+
+MIXED = [
+    SamplingParams(),
+    SamplingParams(temperature=0.7),
+    SamplingParams(temperature=0.7, top_k=3),
+    SamplingParams(temperature=1.9, top_k=100_000, top_p=0.9),
+    SamplingParams(temperature=0.31, min_p=0.05, repetition_penalty=1.7),
+    SamplingParams(temperature=1.3, top_k=40, top_p=0.33, min_p=0.01, repetition_penalty=0.6),
+    SamplingParams(repetition_penalty=1.1),
+    SamplingParams(temperature=3.1, repetition_penalty=1.3),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [MIXED, MIXED[1:6], MIXED[::6], [MIXED[1]] * 3, MIXED[1:3]], ids=len)
+def test_rows_of_different_parameters_choose_as_each_does_alone(
+    rows: list[SamplingParams], device: str
+) -> None:
+    generator = torch.Generator().manual_seed(14)
+    sampler = Sampler(len(rows), 1000, 990, torch.device(device))
+    for repeat in range(12):
+        logits = (4 * torch.randn(len(rows), 1000, generator=generator)).to(device)
+        requests = [
+            Request(i, prompt, params, position=100 * repeat + i, slot=i)
+            for i, (prompt, params) in enumerate(
+                zip(torch.randint(990, (len(rows), 300), generator=generator).tolist(), rows, strict=True)
+            )
+        ]
+        alone = []
+        for row, request in enumerate(requests):
+            params, seen = request.params, torch.zeros(1, 990, dtype=torch.bool, device=device)
+            seen[0, request.prompt] = True
+            uniform = UniformStream(params.seed, request.position).next()
+            uniforms = torch.tensor([uniform], dtype=torch.float64, device=device)
+            alone += choose(
+                logits[row : row + 1, :990],
+                params,
+                seen=seen if params.repetition_penalty != 1 else None,
+                uniforms=uniforms if params.temperature else None,
+            ).tolist()
+            sampler.begin(request)
+        assert sampler.sample(logits, requests) == alone
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_of_a_column_of_parameters_are_those_of_the_numbers(device: str) -> None:
+    """To the last bit, which the tokens above need not show."""
+    logits = (4 * torch.randn(5, 400, generator=torch.Generator().manual_seed(15))).to(device)
+    rows = MIXED[1:6]
+
+    def column(name: str) -> torch.Tensor:
+        values = [[getattr(params, name)] for params in rows]
+        return torch.tensor(values, device=device, dtype=torch.int64 if name == "top_k" else torch.float64)
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    params = RowParams(**{name: column(name) for name in names}, largest_k=100_000)
+    seen = logits > 1
+    penalised = penalise_repetition(logits, seen, params.repetition_penalty)
+    weights = token_weights(logits, params)
+    for i, each in enumerate(rows):
+        assert torch.equal(weights[i], token_weights(logits[i : i + 1], each)[0])
+        alone = penalise_repetition(logits[i : i + 1], seen[i : i + 1], each.repetition_penalty)
+        assert torch.equal(penalised[i], alone[0])
 
 
 def test_rounding_noise_in_the_logits_hardly_ever_changes_the_token() -> None:
