@@ -195,11 +195,9 @@ def _digest(tokenizer: Tokenizer | None) -> str | None:
 
 
 def _described(rows: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> dict[str, Any]:
-    """Every prompt and its parameters under names that an error can use; parameters at their defaults left out."""
-    named: dict[str, Any] = {f"prompt {index}": list(map(int, row)) for index, row in enumerate(rows)}
-    shared = all(each is params[0] for each in params)
-    for index, each in enumerate(params[:1] if shared else params):
-        for field in fields(SamplingParams):
-            if (value := getattr(each, field.name)) != field.default:
-                named[field.name if shared else f"{field.name} of prompt {index}"] = value
-    return named
+    """Every parameter, one value if all prompts have the same, and every prompt, under names that an error can use."""
+    named: dict[str, Any] = {}
+    for field in fields(SamplingParams):
+        values = [getattr(each, field.name) for each in params]
+        named[field.name] = values[0] if values.count(values[0]) == len(values) else values
+    return named | {f"prompt {index}": list(map(int, row)) for index, row in enumerate(rows)}

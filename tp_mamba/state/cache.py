@@ -51,10 +51,10 @@ class MambaCache:
             raise ValueError(
                 f"got {slots} slots for {len(layers)} layers: a cache needs at least one of each"
             )
-        self.tp: TensorParallel = layers[0].tp
         self.slots, self.device = slots, device or _device_of(layers)
         self._model = model
         self._store = StateStore(layers, slots, self.device)
+        self.tp: TensorParallel = layers[0].tp
         self._pool = SlotPool(slots)
         self.bytes_per_slot = bytes_per_slot(layers)
 
