@@ -6,8 +6,7 @@ import os
 import pytest
 import torch
 from checkpoint_samples import odd_config, random_tensors, write_checkpoint, write_indexed
-from safetensors.torch import save_file
-from test_checkpoint_source import (
+from layout_samples import (
     refuse,
     write_bin,
     write_index,
@@ -15,6 +14,7 @@ from test_checkpoint_source import (
     write_indexed_safetensors,
     write_safetensors,
 )
+from safetensors.torch import save_file
 from transformers import MambaConfig as HFConfig
 from transformers import MambaForCausalLM as HFModel
 

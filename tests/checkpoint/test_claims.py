@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import torch
-from test_checkpoint_source import refuse, write_bin, write_legacy_bin
+from layout_samples import refuse, write_bin, write_legacy_bin
 
 from tp_mamba.checkpoint.sources.open import open_source
 

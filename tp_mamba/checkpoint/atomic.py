@@ -18,7 +18,7 @@ from tp_mamba.checkpoint.leftovers import recover, workplace
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
-_CANNOT: Final = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+_CANNOT: Final = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV)
 """What renameat2 says where the kernel, the file system or a sandbox does not know how to exchange."""
 
 
