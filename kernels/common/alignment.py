@@ -5,14 +5,21 @@ from __future__ import annotations
 import torch
 
 
+def strides_in_words(x: torch.Tensor, size: int, dim: int = -1) -> tuple[int, ...] | None:
+    """Strides of ``x`` if ``dim`` (negative) is contiguous and all its rows begin at multiples of ``size`` elements.
+
+    None if not. A dimension of one element may have any stride.
+    """
+    strides = x.stride()
+    if strides[dim] != 1 or x.data_ptr() % (size * x.element_size()):
+        return None
+    contiguous = len(strides) + dim
+    for i, stride in enumerate(strides):
+        if stride % size and i != contiguous and x.shape[i] > 1:
+            return None
+    return strides
+
+
 def in_words(size: int, *tensors: torch.Tensor) -> bool:
-    """Whether the last dimension is contiguous and each of its rows begins at a multiple of ``size`` elements."""
-    for x in tensors:
-        *outer, last = x.stride()
-        if last != 1 or x.data_ptr() % (size * x.element_size()):
-            return False
-        # The stride of a dimension of one element says nothing.
-        for stride, length in zip(outer, x.shape, strict=False):
-            if stride % size and length > 1:
-                return False
-    return True
+    """:func:`strides_in_words` of the last dimension, for each of ``tensors``."""
+    return all(strides_in_words(x, size) is not None for x in tensors)

@@ -25,6 +25,9 @@ class Operand(Protocol):
     def device(self) -> torch.device: ...
 
 
+INTEGERS = frozenset((torch.int32, torch.int64))
+"""Dtypes of slots and offsets."""
+
 Named = tuple[str, torch.Tensor | None]
 NamedOperands = Iterable[tuple[str, Operand | None]]
 
@@ -34,13 +37,37 @@ VLLM_FORM = "tp_mamba.kernels.compat.vllm has a function of the same name that t
 """Remedies for keywords of vLLM, as :func:`not_supported` takes them."""
 
 
-def check_shape(op: str, name: str, tensor: Operand | None, letters: str, shape: Sequence[int]) -> None:
+def check_shape(op: str, name: str, tensor: Operand | None, letters: str, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless ``tensor`` (None passes) has ``shape``, which ``letters`` spell, as in ``[B, D, L]``."""
-    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+    if tensor is not None and tensor.shape != shape:
         raise ValueError(
             f"{op}: {name} has shape {list(tensor.shape)} but {letters} is {list(shape)} here; "
             f"pass {name} in that shape"
         )
+
+
+def check_tensors(
+    op: str,
+    first: tuple[str, torch.Tensor],
+    floating: Sequence[Named],
+    indices: Sequence[Named] = (),
+) -> None:
+    """Raise ValueError for a wrong dtype, or for a tensor on another device than ``first`` is, itself checked."""
+    name, x = first
+    device = x.device
+    # One pass for the calls that are right; what is wrong, and the order in which it is told, is found again.
+    for dtypes, tensors in ((FLOATS, floating), (INTEGERS, indices)):
+        for _, y in tensors:
+            if y is not None and (y.dtype not in dtypes or y.device != device):
+                break
+        else:
+            continue
+        break
+    else:
+        return
+    check_floating(op, floating)
+    check_indices(op, indices)
+    check_device(op, device, name, [*floating, *indices])
 
 
 def check_floating(op: str, tensors: NamedOperands) -> None:
@@ -59,7 +86,7 @@ def check_dtype(op: str, what: str, dtype: torch.dtype) -> None:
 def check_indices(op: str, tensors: Sequence[Named]) -> None:
     """Raise ValueError for slot or offset tensors that are not int32 or int64."""
     for name, tensor in tensors:
-        if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
+        if tensor is not None and tensor.dtype not in INTEGERS:
             raise ValueError(
                 f"{op}: {name} has dtype {tensor.dtype} but must be int32 or int64; convert it first"
             )
@@ -72,9 +99,11 @@ def slot_column(
 
     ``sequences``: cut to as many. vLLM and SGLang hand over the slots of a padded batch, more than it has sequences.
     """
-    if slots is not None and sequences is not None and slots.dim() > 0:
+    if slots is None:
+        return None
+    if sequences is not None and slots.dim() > 0 and slots.shape[0] > sequences:
         slots = slots[:sequences]
-    if slots is None or slots.dim() != 2:
+    if slots.dim() != 2:
         return slots
     if slots.shape[1] != 1:
         raise ValueError(
@@ -90,7 +119,7 @@ def without_gaps(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def check_mask(op: str, name: str, tensor: torch.Tensor | None) -> None:
-    """Raise ValueError for a tensor of yes and no that is not bool."""
+    """Raise ValueError for a mask that is not bool."""
     if tensor is not None and tensor.dtype != torch.bool:
         raise ValueError(f"{op}: {name} has dtype {tensor.dtype} but must be bool; convert it")
 

@@ -3,27 +3,27 @@
     delta = softplus(dt @ weight.T + bias)                                       # linear_softplus
     out = selective_state_update(state, x, delta, A, B, C, D, z, ...)
 
-Bit for bit what these two give, one after the other (the first for up to 64 rows at a time: of more it may sum in
-another order). On a GPU one kernel does both where it can: the product is as short as the time steps of a few channels
-are, so that it hides under the reading of their states.
+Bit for bit what these two give, one after the other (the first for up to 64 rows at a time: more rows it may sum in
+another order). On a GPU one kernel does both where it can (``mixer.py``): the product is as short as the time steps of
+a few channels are, so that it hides under the reading of their states. Everything else runs the two (``any.py``), on a
+CPU too.
 
 The op is ``tp_mamba::dt_proj_state_update``; it writes the state and ``out`` in place.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from tp_mamba.kernels.common.checks import (
-    check_device,
-    check_floating,
-    check_indices,
-    refuse_grad,
-    without_gaps,
-)
+from tp_mamba.kernels.common.checks import check_tensors, refuse_grad, without_gaps
+from tp_mamba.kernels.common.device import device_properties
 from tp_mamba.kernels.common.dispatch import use_triton
-from tp_mamba.kernels.linear_softplus import check_product
-from tp_mamba.kernels.selective_state_update import check_step
+from tp_mamba.kernels.common.product_shapes import check_product
+from tp_mamba.kernels.common.static_operands import declare_static_operands
+from tp_mamba.kernels.common.step_shapes import check_step
+from tp_mamba.kernels.dt_proj_state_update.arguments import DtProjStateUpdate
 
 _OP = "dt_proj_state_update"
 
@@ -32,38 +32,29 @@ torch.library.define(
     "(Tensor(a!) state, Tensor x, Tensor dt, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor C, Tensor? D, "
     "Tensor? z, Tensor? state_batch_indices, int pad_slot_id, Tensor(b!) out) -> ()",
 )
+declare_static_operands("tp_mamba::dt_proj_state_update", "weight", "bias", "A", "D", "state_batch_indices")
 
 
 @torch.library.impl("tp_mamba::dt_proj_state_update", ("cpu", "cuda"))
-def _dt_proj_state_update(
-    state: torch.Tensor,
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    state_batch_indices: torch.Tensor | None,
-    pad_slot_id: int,
-    out: torch.Tensor,
-) -> None:
-    if use_triton(x):
-        from tp_mamba.kernels.dt_proj_state_update import mixer as fused
+def _dt_proj_state_update(*arguments: Any) -> None:
+    call = DtProjStateUpdate(*arguments)
+    if use_triton(call.x):
+        from tp_mamba.kernels.dt_proj_state_update import launch, mixer
 
-        if fused.serves(state, x, dt, weight, bias, A, B, C, D, z, out):
-            fused.launch(state, x, dt, weight, bias, A, B, C, D, z, state_batch_indices, pad_slot_id, out)
-            return
-    delta = torch.ops.tp_mamba.linear_softplus(dt, weight, bias)
-    torch.ops.tp_mamba.selective_state_update(
-        state, x, delta, A, B, C, D, z, None, False, state_batch_indices, pad_slot_id, out
-    )
+        strides = mixer.strides_if_served(call)
+        if strides is not None:
+            x = call.x
+            plan = launch.launch_plan(*x.shape, call.dt.shape[1], device_properties(x.device))
+            if plan is not None:
+                mixer.launch(call, strides, plan)
+                return
+    from tp_mamba.kernels.dt_proj_state_update.any import in_two_steps
+
+    in_two_steps(call)
 
 
 @torch.library.register_fake("tp_mamba::dt_proj_state_update")
-def _dt_proj_state_update_fake(*args: object) -> None:
+def _dt_proj_state_update_fake(*arguments: object) -> None:
     return None
 
 
@@ -112,9 +103,7 @@ def dt_proj_state_update(
         ("D", D), ("z", z), ("out", out),
     ]  # fmt: skip
     indices = [("state_batch_indices", state_batch_indices)]
-    check_floating(_OP, named)
-    check_indices(_OP, indices)
-    check_device(_OP, x.device, "x", named + indices)
+    check_tensors(_OP, ("x", x), named, indices)
     if x.dim() != 2 or B.dim() != 2:
         raise ValueError(
             f"{_OP}: x has shape {list(x.shape)} and B {list(B.shape)} but must be [B, D] and [B, N]; for heads or "
@@ -123,8 +112,8 @@ def dt_proj_state_update(
     check_product(_OP, dt, weight, bias, name="dt")
     if (len(dt), len(weight)) != tuple(x.shape):
         raise ValueError(
-            f"{_OP}: dt has {len(dt)} rows and weight {len(weight)} but x of shape {list(x.shape)} wants one a row and "
-            "one a channel; pass those of x"
+            f"{_OP}: dt has {len(dt)} rows and weight {len(weight)} but x of shape {list(x.shape)} wants one per row "
+            "and one per channel; pass those of x"
         )
     slots = check_step(_OP, state, x, None, A, B, C, D, z, None, state_batch_indices, out)
     refuse_grad(_OP, named)

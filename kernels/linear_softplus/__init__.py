@@ -16,14 +16,13 @@ from __future__ import annotations
 import torch
 
 from tp_mamba.kernels.common.checks import (
-    Operand,
     check_device,
     check_floating,
-    check_shape,
     refuse_grad,
     without_gaps,
 )
 from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
+from tp_mamba.kernels.common.product_shapes import check_product
 from tp_mamba.kernels.common.remember import Form, Key, forms, key_of, remembered
 from tp_mamba.kernels.common.static_operands import declare_static_operands
 
@@ -81,21 +80,3 @@ def _check(x: Key, weight: Key, bias: Key | None) -> None:
     check_floating(_OP, inputs)
     check_device(_OP, x[2], "x", inputs)
     check_product(_OP, Form(*x), Form(*weight), None if bias is None else Form(*bias))
-
-
-def check_product(op: str, x: Operand, weight: Operand, bias: Operand | None, name: str = "x") -> None:
-    """Refuse, in the name of ``op``, shapes and dtypes that do not fit one another; ``name`` is that of ``x``."""
-    if len(x.shape) != 2 or x.shape[1] == 0:
-        raise ValueError(
-            f"{op}: {name} has shape {list(x.shape)} but must be [T, R] with at least one column; flatten the tokens"
-        )
-    if len(weight.shape) != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"{op}: weight has shape {list(weight.shape)} but must be [D, R] with R = {x.shape[1]}, as in {name}; "
-            "give it one row per channel"
-        )
-    if weight.dtype != x.dtype:
-        raise ValueError(
-            f"{op}: weight has dtype {weight.dtype} but {name} has {x.dtype}; convert one of them to the other's"
-        )
-    check_shape(op, "bias", bias, "[D]", weight.shape[:1])

@@ -7,16 +7,19 @@ For every channel d (of group g) and token t, in float32::
     y = sum_n h[n] * C[g, n, t] + D[d] * u
     out = y * silu(z)                                       # rounded here, once
 
-The op is ``tp_mamba::selective_scan``; it writes ``out`` and the states in place. CUDA tensors run the Triton
-kernel, the others (and float64) plain torch. ``selective_scan_reference.py`` holds the loop it is tested with.
+The op is ``tp_mamba::selective_scan``; it writes ``out`` and the states in place. CUDA tensors run a Triton kernel
+(``mixer.py`` for the layout of a mixer, ``any.py`` for all others), the others (and float64) plain torch (``cpu.py``).
+``reference.py`` holds the loop that all are tested with.
 
-In the kernel a token's bits depend on its own sequence alone: not on the batch, nor on where a prompt was cut
-(given a float32 state). Plain torch keeps to this up to rounding only, since it cuts its chunks by the batch.
+In all of them a token's result depends on its own sequence alone, not on the rest of the batch. In the kernels its
+bits do not depend on where a prompt was cut either (given a float32 state). In plain torch they may, in the last place:
+the cut decides which tokens are summed by one matrix product.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -24,17 +27,19 @@ from tp_mamba.kernels.common.checks import (
     PAD_SLOT_NAME,
     PREFIX_CACHING,
     check_device,
-    check_floating,
-    check_indices,
     check_mask,
     check_shape,
+    check_tensors,
     not_supported,
     refuse_grad,
     slot_column,
     without_gaps,
 )
 from tp_mamba.kernels.common.dispatch import use_triton
+from tp_mamba.kernels.common.dtypes import wide_dtype
 from tp_mamba.kernels.common.limits import check_state_size
+from tp_mamba.kernels.selective_scan.arguments import SelectiveScan
+from tp_mamba.kernels.selective_scan.operands import strides_of
 
 _OP = "selective_scan_fn"
 
@@ -48,34 +53,19 @@ torch.library.define(
 
 
 @torch.library.impl("tp_mamba::selective_scan", ("cpu", "cuda"))
-def _selective_scan(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    query_start_loc: torch.Tensor | None,
-    cache_indices: torch.Tensor | None,
-    has_initial_state: torch.Tensor | None,
-    ssm_states: torch.Tensor | None,
-    last_state: torch.Tensor | None,
-    pad_slot_id: int,
-    out: torch.Tensor,
-    saved_states: torch.Tensor | None = None,
-    save_states_every: int = 1,
-) -> None:
-    if use_triton(u):
-        from tp_mamba.kernels.selective_scan.any import selective_scan_triton as run
-    else:
-        from tp_mamba.kernels.selective_scan.cpu import selective_scan_cpu as run
-    run(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, query_start_loc, cache_indices,
-        has_initial_state, ssm_states, last_state, pad_slot_id, out, saved_states, save_states_every,
-    )  # fmt: skip
+def _selective_scan(*arguments: Any) -> None:
+    call = SelectiveScan(*arguments)
+    if not use_triton(call.u):
+        from tp_mamba.kernels.selective_scan.cpu import selective_scan_cpu
+
+        selective_scan_cpu(call)
+        return
+    from tp_mamba.kernels.selective_scan import any as any_layout
+    from tp_mamba.kernels.selective_scan import mixer
+
+    strides = strides_of(call)
+    kernel = mixer if mixer.serves(call, strides) else any_layout
+    kernel.launch(call, strides)
 
 
 @torch.library.register_fake("tp_mamba::selective_scan")
@@ -170,9 +160,8 @@ def selective_scan_fn(
     ]
     states = [("ssm_states", ssm_states), ("out", out)]
     slots = [("query_start_loc", query_start_loc), ("cache_indices", cache_indices)]
-    check_floating(_OP, inputs + states)
-    check_indices(_OP, slots)
-    check_device(_OP, u.device, "u", inputs + states + slots + [("has_initial_state", has_initial_state)])
+    check_tensors(_OP, ("u", u), inputs + states, slots)
+    check_device(_OP, u.device, "u", [("has_initial_state", has_initial_state)])
 
     packed = query_start_loc is not None
     dims = "[D, T]" if packed else "[B, D, L]"
@@ -230,7 +219,7 @@ def selective_scan_fn(
         B, C = _in_groups(B, groups), _in_groups(C, groups)
     if out is None:
         out = torch.empty_like(u)
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(u.dtype)
     last_state = saved_states = None
     if return_last_state:
         last_state = torch.empty(sequences, channels, n, dtype=dtype, device=u.device)

@@ -1,18 +1,15 @@
-"""The selective scan in Triton: the choice between two kernels, and the general one.
-
-``selective_scan_tiles_triton`` serves what a mixer passes. The kernel here takes all else: any strides, groups, state
-sizes that are no power of two or above 32. Their arithmetic and its order are the same (``ssm_token_triton``), so a
-token's bits depend on its inputs and the state before it, not on the kernel, the launch, the batch or the cut that led
-to it.
+"""The selective scan for any layout: any strides, groups, state sizes that are no power of two or above 32.
 
 One program runs one (sequence, block of channels) from its first token to its last with the state in registers.
 Sequence lengths are read on the device, so one launch serves any mix of lengths and the host never waits.
+
+The arithmetic and its order are those of ``mixer.py``, so a token's bits depend on its inputs and the state before it,
+not on the kernel, the launch, the batch or the cut that led to it.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
@@ -20,20 +17,11 @@ import triton.language as tl
 
 from tp_mamba.kernels.common.approximations import LOG2_E
 from tp_mamba.kernels.common.dialect import jit_by_type
-from tp_mamba.kernels.common.integers import cdiv
 from tp_mamba.kernels.common.recurrence import ssm_token
-from tp_mamba.kernels.common.state_tile import BLOCK_D, state_tile
-from tp_mamba.kernels.selective_scan.mixer import first_saved_row, selective_scan_tiles_kernel
-
-STEPS = 4
-"""Tokens whose loads are in flight while the four before them are computed."""
-_SCHEDULERS = 4 * 132
-"""Of warps, on an H100 or H200."""
-_TILES = ((4, 16, 1), (8, 16, 3), (16, 4, None))
-"""Launches of the kernel for tiles: states a lane, tokens a group, and up to how many warps a scheduler."""
-_TILES_OF_32_STATES = ((8, 4, None),)
-TILE_STATE_SIZES = (4, 8, 16, 32)
-"""State sizes of the kernel for tiles: whole loads of four states, and at most 16 states a thread."""
+from tp_mamba.kernels.selective_scan.arguments import SelectiveScan
+from tp_mamba.kernels.selective_scan.launch import any_plan
+from tp_mamba.kernels.selective_scan.mixer import first_saved_row
+from tp_mamba.kernels.selective_scan.operands import Strides, flags_of, tensors_of
 
 
 @triton.jit
@@ -215,122 +203,18 @@ def _selective_scan_kernel(
         tl.store(last_ptr + (i_s * channels + d[None, :]) * N + n, h, mask=nd_mask)
 
 
-def selective_scan_triton(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    query_start_loc: torch.Tensor | None,
-    cache_indices: torch.Tensor | None,
-    has_initial_state: torch.Tensor | None,
-    ssm_states: torch.Tensor | None,
-    last_state: torch.Tensor | None,
-    pad_slot_id: int,
-    out: torch.Tensor,
-    saved_states: torch.Tensor | None = None,
-    save_states_every: int = 1,
-) -> None:
-    """Launch over (sequences, channel blocks); arguments as the op ``tp_mamba::selective_scan``."""
-    varlen = query_start_loc is not None
-    sequences = query_start_loc.shape[0] - 1 if query_start_loc is not None else u.shape[0]
-    channels, n = A.shape
-    groups = B.shape[-3]
+def launch(call: SelectiveScan, strides: Strides) -> None:
+    """Launch the kernel over (sequences, channel blocks)."""
+    channels, n = call.A.shape
+    sequences, groups = call.sequences, call.B.shape[-3]
     if sequences == 0 or channels == 0:
         return
-
-    def by_token(x: torch.Tensor | None) -> tuple[int, int, int]:
-        """Strides (sequence, token, channel) of ``[B, D, L]`` or ``[D, T]``."""
-        if x is None:
-            return 0, 0, 1
-        return (0 if varlen else x.stride(0)), x.stride(-1), x.stride(-2)
-
-    def by_group(x: torch.Tensor) -> tuple[int, int, int, int]:
-        """Strides (sequence, token, group, state) of ``[B, G, N, L]`` or ``[G, N, T]``."""
-        return (0 if varlen else x.stride(0)), x.stride(-1), x.stride(-3), x.stride(-2)
-
-    strides = [by_token(x) for x in (u, delta, z, out)]
-    B_strides, C_strides = by_group(B), by_group(C)
-    token_major = all(stride[-1] == 1 for stride in (*strides, B_strides, C_strides))
-    options = {
-        "VARLEN": varlen,
-        "HAS_D": D is not None,
-        "HAS_Z": z is not None,
-        "HAS_BIAS": delta_bias is not None,
-        "SOFTPLUS": delta_softplus,
-        "HAS_STATE": ssm_states is not None,
-        "HAS_SLOTS": cache_indices is not None,
-        "HAS_INITIAL": has_initial_state is not None,
-        "HAS_LAST": last_state is not None,
-        "HAS_SAVED": saved_states is not None,
-    }
-    tensors = (
-        u, delta, z, out, A, B, C, D, delta_bias,
-        ssm_states, last_state, saved_states, query_start_loc, cache_indices, has_initial_state,
-    )  # fmt: skip
-    length = 0 if varlen else u.shape[-1]
-    vector_strides = (
-        0 if D is None else D.stride(0), 0 if delta_bias is None else delta_bias.stride(0),
-        *((0, 0, 0) if ssm_states is None else ssm_states.stride()),
-    )  # fmt: skip
-    block_n, num_warps = state_tile(n)
-    with torch.cuda.device_of(u):
-        if token_major and groups == 1 and n in TILE_STATE_SIZES and _in_fours(B, C):
-            shape = tiles_launch(sequences, channels, n, delta_softplus)
-            if saved_states is not None:  # the kernel looks for a state that is due once a group
-                shape["STEPS"] = math.gcd(shape["STEPS"], save_states_every)
-            selective_scan_tiles_kernel[sequences, cdiv(channels, shape["BLOCK_D"])](
-                *tensors, length, channels, pad_slot_id,
-                *(stride[0] for stride in strides), *A.stride(), B_strides[0], C_strides[0], *vector_strides,
-                save_states_every,
-                *(stride[1] for stride in strides), B_strides[1], C_strides[1],
-                ALIGNED=_aligned(16, *(x for x in (u, delta, z, out, B, C) if x is not None)),
-                **shape, **options,
-            )  # fmt: skip
-        else:
-            _selective_scan_kernel[sequences, cdiv(channels, BLOCK_D)](
-                *tensors, length, channels, channels // groups, pad_slot_id,
-                *strides[0], *strides[1], *strides[2], *strides[3],
-                *A.stride(), *B_strides, *C_strides, *vector_strides, save_states_every,
-                STEPS=STEPS, TOKEN_MAJOR=token_major, ONE_GROUP=groups == 1, N=n, BLOCK_N=block_n, BLOCK_D=BLOCK_D,
-                num_warps=num_warps, enable_fp_fusion=False, **options,
-            )  # fmt: skip
-
-
-def _aligned(size: int, *tensors: torch.Tensor) -> bool:
-    """Whether every token's row, which is the last dimension but one, begins at a multiple of ``size`` bytes."""
-    for x in tensors:
-        strides = [x.stride(i) for i in range(x.dim()) if i != x.dim() - 2 and x.shape[i] > 1]
-        if x.data_ptr() % size or any(stride * x.element_size() % size for stride in strides):
-            return False
-    return True
-
-
-def _in_fours(*tensors: torch.Tensor) -> bool:
-    """Whether every token's B or C can be read four states a load."""
-    return all(_aligned(4 * x.element_size(), x) for x in tensors)
-
-
-def tiles_launch(sequences: int, channels: int, n: int, softplus: bool) -> dict[str, Any]:
-    """The launch of the kernel for tiles: its constants and options. Results do not depend on the choice.
-
-    More lanes a channel are more warps, which hide each other's waits, and more instructions: so as many lanes as keep
-    the warps of a scheduler few. The numbers are an H200's best (docs/kernels.md), for 16 states. With softplus inside,
-    eight states a lane leave no registers for 16 tokens.
-    """
-    shape: dict[str, Any] = {}
-    for states, steps, most in _TILES if n <= 16 else _TILES_OF_32_STATES:
-        if states > n:
-            break
-        lanes = n // states
-        block_d = 32 // lanes
-        if softplus and states > 4:
-            steps = min(8, steps)
-        shape = {"LANES": lanes, "BLOCK_D": block_d, "EVEN_D": channels % block_d == 0, "STEPS": steps}
-        if most is None or sequences * cdiv(channels, block_d) <= most * _SCHEDULERS:
-            break
-    return {"N": n, **shape, "num_warps": 1, "enable_fp_fusion": False}
+    plan, packed = any_plan(sequences, channels, n), call.query_start_loc is not None
+    with torch.cuda.device_of(call.u):
+        _selective_scan_kernel[plan.grid](
+            *tensors_of(call), 0 if packed else call.u.shape[-1], channels, channels // groups, call.pad_slot_id,
+            *strides.u, *strides.delta, *strides.z, *strides.out, *strides.A, *strides.B, *strides.C, *strides.rest,
+            call.save_states_every, N=n, BLOCK_N=plan.block_n, BLOCK_D=plan.block_d, STEPS=plan.steps,
+            TOKEN_MAJOR=strides.token_major, ONE_GROUP=groups == 1, num_warps=plan.num_warps, enable_fp_fusion=False,
+            **flags_of(call),
+        )  # fmt: skip

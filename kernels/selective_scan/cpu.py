@@ -16,38 +16,22 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-LOG2_E = 1.4426950408889634
-"""``exp(x) = exp2(x * LOG2_E)``: torch has exp2 at four times the speed of exp on a CPU. The time step takes the
-factor, here and in the state update, so that both round alike."""
-MATMUL_STATES = 32
-"""States summed by a matrix product, which adds one after the other; above, ``sum`` adds by a tree and rounds less."""
+from tp_mamba.kernels.common.cpu_sums import LOG2_E, MATMUL_STATES
+from tp_mamba.kernels.common.dtypes import wide_dtype
+from tp_mamba.kernels.selective_scan.arguments import SelectiveScan
+
 _BLOCK_ELEMENTS = 3 << 18  # of the temporary: 3 MiB of float32
 _PIECE = 4
 """Blocks whose ``[tokens, D]`` operations (gate, products) are done together: one is too small for two threads."""
 
 
-def selective_scan_cpu(
-    u: torch.Tensor,
-    delta: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    delta_bias: torch.Tensor | None,
-    delta_softplus: bool,
-    query_start_loc: torch.Tensor | None,
-    cache_indices: torch.Tensor | None,
-    has_initial_state: torch.Tensor | None,
-    ssm_states: torch.Tensor | None,
-    last_state: torch.Tensor | None,
-    pad_slot_id: int,
-    out: torch.Tensor,
-    saved_states: torch.Tensor | None = None,
-    save_states_every: int = 1,
-) -> None:
-    """Arguments as the op ``tp_mamba::selective_scan``; any device, computing in float32 or float64."""
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+def selective_scan_cpu(call: SelectiveScan) -> None:
+    """On any device, in float32 or float64."""
+    (
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, query_start_loc, cache_indices, has_initial_state,
+        ssm_states, last_state, pad_slot_id, out, saved_states, save_states_every,
+    ) = call  # fmt: skip
+    dtype = wide_dtype(u.dtype)
     if query_start_loc is None:
         spans = [(row, 0, u.shape[-1]) for row in range(u.shape[0])]
     else:

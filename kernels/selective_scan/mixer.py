@@ -1,14 +1,14 @@
 """The selective scan for the layout that a mixer has: channels contiguous, B and C one group, N a power of two.
 
 One warp runs one (sequence, block of channels); ``LANES`` threads share a channel, each with ``N / LANES`` of its
-states in registers. What is needed once a (token, channel) and not once a state (conversion, softplus, gate, skip,
-loads and the store) is done on tiles of ``STEPS`` tokens in which threads hold different elements. Between a tile and
+states in registers. What is needed once per (token, channel), not once per state (conversion, softplus, gate, skip,
+loads and the store), is done on tiles of ``STEPS`` tokens in which threads hold different elements. Between a tile and
 the recurrence lie changes of layout, each a trip through shared memory within a warp.
 
-Where a scheduler has one or two warps, nothing hides a wait for memory but distance: the next two groups' tiles are on
-their way into shared memory while one is computed. The recurrence reads them from there in the layout that it needs.
+Where a scheduler has one or two warps, nothing hides a wait for memory but distance: the next two groups' tiles are in
+flight into shared memory while one is computed. The recurrence reads them from there in the layout that it needs.
 
-Bits are those of ``selective_scan_triton``: the sum over states is cut and added in one order everywhere.
+Bits are those of ``any.py``: the sum over states is cut and added in one order everywhere.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment,misc"
@@ -18,12 +18,18 @@ from __future__ import annotations
 
 from typing import no_type_check
 
+import torch
 import triton
 import triton.language as tl
 
+from tp_mamba.kernels.common.alignment import strides_in_words
 from tp_mamba.kernels.common.approximations import LOG2_E, silu, softplus
+from tp_mamba.kernels.common.device import device_properties
 from tp_mamba.kernels.common.dialect import add, jit_by_type
 from tp_mamba.kernels.common.recurrence import recur
+from tp_mamba.kernels.selective_scan.arguments import SelectiveScan
+from tp_mamba.kernels.selective_scan.launch import STATE_SIZES, mixer_plan
+from tp_mamba.kernels.selective_scan.operands import Strides, flags_of, tensors_of
 
 GROUPS_IN_FLIGHT = tl.constexpr(3)
 """Of tokens: the present one and those that are being loaded."""
@@ -131,15 +137,15 @@ def _group(
 
 
 @triton.jit
-def _load(ptr, inside, ALL: tl.constexpr):
-    return tl.load(ptr) if ALL else tl.load(ptr, mask=inside, other=0.0)
+def _load(ptr, d_mask, ALL: tl.constexpr):
+    return tl.load(ptr) if ALL else tl.load(ptr, mask=d_mask, other=0.0)
 
 
 @triton.jit
-def _save(saved_ptr, h, d, lane, inside, channels, LANES: tl.constexpr, PER_LANE: tl.constexpr):
+def _save(saved_ptr, h, d, lane, d_mask, channels, LANES: tl.constexpr, PER_LANE: tl.constexpr):
     for i in tl.static_range(PER_LANE):
         n = 4 * LANES * (i // 4) + 4 * lane + i % 4
-        tl.store(saved_ptr + (n * channels + d), h[i], mask=inside)
+        tl.store(saved_ptr + (n * channels + d), h[i], mask=d_mask)
 
 
 @jit_by_type
@@ -194,7 +200,7 @@ def selective_scan_tiles_kernel(
     first_d = tl.program_id(1).to(tl.int64) * BLOCK_D
     d = first_d + tl.arange(0, BLOCK_D)[None, :]
     lane = tl.arange(0, LANES)[:, None]
-    inside = d < channels
+    d_mask = d < channels
 
     if VARLEN:
         first = tl.load(start_ptr + i_s).to(tl.int64)
@@ -236,18 +242,18 @@ def selective_scan_tiles_kernel(
     h = ()
     for i in tl.static_range(PER_LANE):
         n = 4 * LANES * (i // 4) + 4 * lane + i % 4
-        a_i = tl.load(A_ptr + d * A_stride_d + n * A_stride_n, mask=inside, other=0.0).to(tl.float32)
+        a_i = tl.load(A_ptr + d * A_stride_d + n * A_stride_n, mask=d_mask, other=0.0).to(tl.float32)
         h_i = tl.full([LANES, BLOCK_D], 0.0, tl.float32)
         if HAS_INITIAL:
-            h_i = tl.load(state_ptr + n * state_stride_n, mask=inside & starts, other=0.0).to(tl.float32)
+            h_i = tl.load(state_ptr + n * state_stride_n, mask=d_mask & starts, other=0.0).to(tl.float32)
         a = a + (a_i * LOG2_E,)
         h = h + (h_i,)
     skip = tl.full([1, BLOCK_D], 0.0, tl.float32)
     bias = skip
     if HAS_D:
-        skip = tl.load(D_ptr + d * D_stride, mask=inside, other=0.0).to(tl.float32)
+        skip = tl.load(D_ptr + d * D_stride, mask=d_mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + d * bias_stride, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + d * bias_stride, mask=d_mask, other=0.0).to(tl.float32)
     if HAS_SAVED:
         saved_ptr += first_saved_row(i_s, first, length, save_every, VARLEN) * channels * N
         every = tl.minimum(save_every, steps).to(tl.int32)
@@ -259,15 +265,15 @@ def selective_scan_tiles_kernel(
     for _ in tl.range(groups, num_stages=GROUPS_IN_FLIGHT):
         if HAS_SAVED:
             if due_in == 0:
-                _save(saved_ptr, h, d, lane, inside, channels, LANES, PER_LANE)
+                _save(saved_ptr, h, d, lane, d_mask, channels, LANES, PER_LANE)
                 saved_ptr += channels.to(tl.int64) * N
                 due_in = every
             due_in -= STEPS
-        u = _load(u_ptr + u_tile, inside, EVEN_D)
-        delta = _load(delta_ptr + delta_tile, inside, EVEN_D)
+        u = _load(u_ptr + u_tile, d_mask, EVEN_D)
+        delta = _load(delta_ptr + delta_tile, d_mask, EVEN_D)
         z = u
         if HAS_Z:
-            z = _load(z_ptr + z_tile, inside, EVEN_D)
+            z = _load(z_ptr + z_tile, d_mask, EVEN_D)
             z_ptr = tl.multiple_of(z_ptr + STEPS * z_stride_t, BYTES)
         b = _load(B_ptr + B_tile, True, True)
         c = _load(C_ptr + C_tile, True, True)
@@ -276,34 +282,71 @@ def selective_scan_tiles_kernel(
         B_ptr = tl.multiple_of(B_ptr + STEPS * B_stride_t, BYTES)
         C_ptr = tl.multiple_of(C_ptr + STEPS * C_stride_t, BYTES)
         h, y = _group(
-            h, a, skip, bias, u, delta, z, b, c, inside,
+            h, a, skip, bias, u, delta, z, b, c, d_mask,
             False, STEPS, LANES, PER_LANE, BLOCK_D, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
         )  # fmt: skip
-        tl.store(out_ptr + out_tile, y.to(out_ptr.dtype.element_ty), mask=None if EVEN_D else inside)
+        tl.store(out_ptr + out_tile, y.to(out_ptr.dtype.element_ty), mask=None if EVEN_D else d_mask)
         out_ptr = tl.multiple_of(out_ptr + STEPS * out_stride_t, BYTES)
     left = steps - groups * STEPS
     if left > 0:
         if HAS_SAVED:  # noqa: SIM102 - due_in exists only then
             if due_in == 0:
-                _save(saved_ptr, h, d, lane, inside, channels, LANES, PER_LANE)
+                _save(saved_ptr, h, d, lane, d_mask, channels, LANES, PER_LANE)
         valid = t < left
-        u = _load(u_ptr + u_tile, inside & valid, False)
-        delta = _load(delta_ptr + delta_tile, inside & valid, False)
+        u = _load(u_ptr + u_tile, d_mask & valid, False)
+        delta = _load(delta_ptr + delta_tile, d_mask & valid, False)
         z = u
         if HAS_Z:
-            z = _load(z_ptr + z_tile, inside & valid, False)
+            z = _load(z_ptr + z_tile, d_mask & valid, False)
         b = _load(B_ptr + B_tile, valid, False)
         c = _load(C_ptr + C_tile, valid, False)
         h, y = _group(
             h, a, skip, bias, u, delta, z, b, c, valid,
             True, STEPS, LANES, PER_LANE, BLOCK_D, HAS_D, HAS_Z, HAS_BIAS, SOFTPLUS,
         )  # fmt: skip
-        tl.store(out_ptr + out_tile, y.to(out_ptr.dtype.element_ty), mask=inside & valid)
+        tl.store(out_ptr + out_tile, y.to(out_ptr.dtype.element_ty), mask=d_mask & valid)
 
     for i in tl.static_range(PER_LANE):
         n = 4 * LANES * (i // 4) + 4 * lane + i % 4
         if HAS_STATE:
             p_h = state_ptr + n * state_stride_n
-            tl.store(p_h, h[i].to(state_ptr.dtype.element_ty), mask=inside & keeps)
+            tl.store(p_h, h[i].to(state_ptr.dtype.element_ty), mask=d_mask & keeps)
         if HAS_LAST:
-            tl.store(last_ptr + (i_s * channels + d) * N + n, h[i], mask=inside)
+            tl.store(last_ptr + (i_s * channels + d) * N + n, h[i], mask=d_mask)
+
+
+def serves(call: SelectiveScan, strides: Strides) -> bool:
+    """Whether the kernel takes the call: contiguous channels, one group, N of 4, 8, 16 or 32, B and C in fours."""
+    B, C = call.B, call.C
+    return (
+        strides.token_major
+        and B.shape[-3] == 1
+        and call.A.shape[1] in STATE_SIZES
+        and _aligned(4 * B.element_size(), B)
+        and _aligned(4 * C.element_size(), C)
+    )
+
+
+def launch(call: SelectiveScan, strides: Strides) -> None:
+    """Launch the kernel over (sequences, channel blocks) for a call that it serves."""
+    (channels, n), sequences = call.A.shape, call.sequences
+    if sequences == 0 or channels == 0:
+        return
+    every = None if call.saved_states is None else call.save_states_every
+    plan = mixer_plan(sequences, channels, n, call.delta_softplus, every, device_properties(call.u.device))
+    by_token = strides[:4]
+    in_rows = [x for x in (call.u, call.delta, call.z, call.out, call.B, call.C) if x is not None]
+    with torch.cuda.device_of(call.u):
+        selective_scan_tiles_kernel[plan.grid](
+            *tensors_of(call), 0 if call.query_start_loc is not None else call.u.shape[-1], channels, call.pad_slot_id,
+            *(of_x[0] for of_x in by_token), *strides.A, strides.B[0], strides.C[0], *strides.rest,
+            call.save_states_every, *(of_x[1] for of_x in by_token), strides.B[1], strides.C[1],
+            ALIGNED=all(_aligned(16, x) for x in in_rows), N=n, LANES=plan.lanes, BLOCK_D=plan.block_d,
+            EVEN_D=channels % plan.block_d == 0, STEPS=plan.steps, num_warps=plan.num_warps, enable_fp_fusion=False,
+            **flags_of(call),
+        )  # fmt: skip
+
+
+def _aligned(size: int, x: torch.Tensor) -> bool:
+    """Whether every token's row, which is the last dimension but one, begins at a multiple of ``size`` bytes."""
+    return size % x.element_size() == 0 and strides_in_words(x, size // x.element_size(), -2) is not None

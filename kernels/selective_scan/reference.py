@@ -37,7 +37,7 @@ def selective_scan_reference(
         (float64 for float64 ``u``). Tokens outside ``query_start_loc`` are zero in ``out``. With ``save_states_every``
         also ``saved_states``, in which rows that no sequence has are zero.
     """
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(u.dtype, torch.float32)
     n = A.shape[1]
 
     def channels_by_state(x: torch.Tensor) -> torch.Tensor:

@@ -1,34 +1,35 @@
 """One step of the selective scan: every row of a batch advances its own state slot by one token.
 
-For every channel d (of group g), in float32, the recurrence of ``selective_scan.py``::
+For every channel d (of group g), in float32, the recurrence of ``selective_scan``::
 
     dt = softplus(dt + dt_bias)                             # softplus(x) = x above 20
     h[n] = exp(dt * A[d, n]) * h[n] + dt * B[g, n] * x      # the slot, in place
     out = (sum_n h[n] * C[g, n] + D[d] * x) * silu(z)       # rounded here, once
 
-The op is ``tp_mamba::selective_state_update``; it writes the state and ``out`` in place. CUDA tensors run the
-Triton kernel, the others (and float64) plain torch.
+The op is ``tp_mamba::selective_state_update``; it writes the state and ``out`` in place. CUDA tensors run a Triton
+kernel (``mixer.py`` for the layout of a mixer, ``any.py`` for all others), the others (and float64) plain torch.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from tp_mamba.kernels.common.checks import (
     PAD_SLOT_NAME,
     VLLM_FORM,
-    check_device,
-    check_floating,
-    check_indices,
     check_shape,
+    check_tensors,
     not_supported,
     refuse_grad,
-    slot_column,
     without_gaps,
 )
 from tp_mamba.kernels.common.dispatch import use_triton
-from tp_mamba.kernels.common.limits import check_state_size
+from tp_mamba.kernels.common.static_operands import declare_static_operands
+from tp_mamba.kernels.common.step_shapes import check_step
 from tp_mamba.kernels.selective_scan import selective_scan_fn
+from tp_mamba.kernels.selective_state_update.arguments import StateUpdate
 
 _OP = "selective_state_update"
 
@@ -37,33 +38,29 @@ torch.library.define(
     "(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "bool dt_softplus, Tensor? state_batch_indices, int pad_slot_id, Tensor(b!) out) -> ()",
 )
+declare_static_operands("tp_mamba::selective_state_update", "A", "D", "dt_bias", "state_batch_indices")
 
 
 @torch.library.impl("tp_mamba::selective_state_update", ("cpu", "cuda"))
-def _selective_state_update(
-    state: torch.Tensor,
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    dt_softplus: bool,
-    state_batch_indices: torch.Tensor | None,
-    pad_slot_id: int,
-    out: torch.Tensor,
-) -> None:
-    if use_triton(x):
-        from tp_mamba.kernels.selective_state_update.any import selective_state_update_triton as run
+def _selective_state_update(*arguments: Any) -> None:
+    call = StateUpdate(*arguments)
+    if not use_triton(call.x):
+        from tp_mamba.kernels.selective_state_update.cpu import selective_state_update_cpu
+
+        selective_state_update_cpu(call)
+        return
+    from tp_mamba.kernels.selective_state_update import any as any_layout
+    from tp_mamba.kernels.selective_state_update import mixer
+
+    strides = mixer.strides_if_served(call)
+    if strides is not None:
+        mixer.launch(call, strides)
     else:
-        from tp_mamba.kernels.selective_state_update.cpu import selective_state_update_cpu as run
-    run(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, pad_slot_id, out)
+        any_layout.launch(call)
 
 
 @torch.library.register_fake("tp_mamba::selective_state_update")
-def _selective_state_update_fake(*args: object) -> None:
+def _selective_state_update_fake(*arguments: object) -> None:
     return None
 
 
@@ -126,9 +123,7 @@ def selective_state_update(
         ("D", D), ("z", z), ("dt_bias", dt_bias), ("out", out),
     ]  # fmt: skip
     indices = [("state_batch_indices", state_batch_indices)]
-    check_floating(_OP, named)
-    check_indices(_OP, indices)
-    check_device(_OP, x.device, "x", named + indices)
+    check_tensors(_OP, ("x", x), named, indices)
 
     if cu_seqlens is not None:
         return _several_tokens(
@@ -143,61 +138,6 @@ def selective_state_update(
         state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, without_gaps(state_batch_indices), pad_slot_id, out
     )
     return out
-
-
-def check_step(
-    op: str,
-    state: torch.Tensor,
-    x: torch.Tensor,
-    dt: torch.Tensor | None,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    state_batch_indices: torch.Tensor | None,
-    out: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """Refuse, in the name of ``op``, shapes that do not fit one another; returns the slots as ``[B]``."""
-    if x.dim() not in (2, 3):
-        raise ValueError(f"{op}: x has {x.dim()} dimensions but must be [B, D] or [B, heads, D]; reshape x")
-    channels = x.shape[1:]
-    per_channel, dims = ("[D]", "[B, D]") if x.dim() == 2 else ("[heads, D]", "[B, heads, D]")
-    if A.dim() != len(channels) + 1:
-        raise ValueError(
-            f"{op}: A has shape {list(A.shape)} but x of shape {list(x.shape)} wants {per_channel} and N; "
-            "give A a row of states for every channel"
-        )
-    n = A.shape[-1]
-    check_state_size(f"{op}: A", n)
-    for name, tensor in (("dt", dt), ("z", z), ("out", out)):
-        check_shape(op, name, tensor, dims, x.shape)
-    check_shape(op, "A", A, f"{per_channel[:-1]}, N]", (*channels, n))
-    check_shape(op, "D", D, per_channel, channels)
-    check_shape(op, "dt_bias", dt_bias, per_channel, channels)
-    for name, tensor in (("B", B), ("C", C)):
-        if tensor.dim() not in (2, 3) or tensor.shape[0] != x.shape[0] or tensor.shape[-1] != n:
-            raise ValueError(
-                f"{op}: {name} has shape {list(tensor.shape)} but must be [B, N] or [B, G, N] with B = {x.shape[0]} "
-                f"and N = {n}; reshape {name}"
-            )
-    groups = B.shape[1] if B.dim() == 3 else 1
-    check_shape(op, "C", C, "the shape of B", B.shape)
-    if groups == 0 or channels[0] % groups:
-        of = "channels" if x.dim() == 2 else "heads"
-        raise ValueError(
-            f"{op}: B has {groups} groups for {channels[0]} {of} but G must divide their number; regroup B"
-        )
-    state_batch_indices = slot_column(op, "state_batch_indices", state_batch_indices)
-    check_shape(op, "state_batch_indices", state_batch_indices, "[B]", (x.shape[0],))
-    slots_needed = x.shape[0] if state_batch_indices is None else 0
-    if state.shape[1:] != A.shape or state.shape[0] < slots_needed:
-        raise ValueError(
-            f"{op}: state has shape {list(state.shape)} but must be [slots, *A.shape] with A of shape {list(A.shape)} "
-            f"and at least {slots_needed} slots; allocate it so or pass state_batch_indices"
-        )
-    return state_batch_indices
 
 
 def _several_tokens(

@@ -1,8 +1,7 @@
-"""One token of the selective scan for a batch of state slots, in Triton: the choice of kernel, and the general one.
+"""One token of the selective scan for a batch of state slots, for any layout: heads, groups, any N and strides.
 
-``selective_state_update_rows_triton`` serves what a mixer passes. The kernel here takes all else: a program runs the
-scan's own :func:`ssm_token` on one (row, head, block of channels). Both have the scan's arithmetic, so that decoding
-continues a prefill bit for bit.
+A program runs the scan's own :func:`ssm_token` on one (row, head, block of channels), so that decoding continues a
+prefill bit for bit.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ import triton.language as tl
 
 from tp_mamba.kernels.common.approximations import LOG2_E
 from tp_mamba.kernels.common.dialect import jit_by_type
-from tp_mamba.kernels.common.integers import cdiv
 from tp_mamba.kernels.common.recurrence import ssm_token
-from tp_mamba.kernels.common.state_tile import BLOCK_D, state_tile
-from tp_mamba.kernels.selective_state_update.mixer import rows_launch, state_update_rows_kernel
+from tp_mamba.kernels.selective_state_update.arguments import StateUpdate
+from tp_mamba.kernels.selective_state_update.launch import any_plan
 
 
 @jit_by_type
@@ -32,8 +30,8 @@ def _selective_state_update_kernel(
     B_ptr,  # [B, G, N]
     C_ptr,  # [B, G, N]
     D_ptr,  # [heads, D] or None
-    bias_ptr,  # [heads, D] or None
-    slot_ptr,  # [B] int, or None: slot b for row b
+    dt_bias_ptr,  # [heads, D] or None
+    state_batch_indices_ptr,  # [B] int, or None: slot b for row b
     channels: tl.int32,  # a head
     group_size: tl.int32,  # channels, over all heads, that share one B and C
     pad_slot_id: tl.int64,
@@ -70,7 +68,7 @@ def _selective_state_update_kernel(
     slot = i_b
     live = True
     if HAS_SLOTS:
-        slot = tl.load(slot_ptr + i_b).to(tl.int64)
+        slot = tl.load(state_batch_indices_ptr + i_b).to(tl.int64)
         live = slot != pad_slot_id
     state_ptr += (
         slot * state_stride_s + i_h * state_stride_h + d[None, :] * state_stride_d + n * state_stride_n
@@ -100,7 +98,7 @@ def _selective_state_update_kernel(
     if HAS_D:
         skip = tl.load(D_ptr + i_h * D_stride_h + d * D_stride_d, mask=d_mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + i_h * bias_stride_h + d * bias_stride_d, mask=d_mask, other=0.0).to(
+        bias = tl.load(dt_bias_ptr + i_h * bias_stride_h + d * bias_stride_d, mask=d_mask, other=0.0).to(
             tl.float32
         )
     if HAS_Z:
@@ -114,62 +112,32 @@ def _selective_state_update_kernel(
     tl.store(state_ptr, h.to(state_ptr.dtype.element_ty), mask=nd_mask & live)
 
 
-def selective_state_update_triton(
-    state: torch.Tensor,
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    dt_softplus: bool,
-    state_batch_indices: torch.Tensor | None,
-    pad_slot_id: int,
-    out: torch.Tensor,
-) -> None:
-    """Launch one of the two kernels; arguments as the op ``tp_mamba::selective_state_update``."""
+def launch(call: StateUpdate) -> None:
+    """Launch the kernel."""
+    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots, pad_slot_id, out = call
     batch = x.shape[0]
     heads = x.shape[1] if x.dim() == 3 else 1
     channels, n = A.shape[-2:]
     groups = B.shape[1] if B.dim() == 3 else 1
     if batch == 0 or channels == 0 or heads == 0:
         return
-
-    def strides(tensor: torch.Tensor | None, head_dim: int, dims: int) -> tuple[int, ...]:
-        """Strides of ``tensor`` with a head dimension put in at ``head_dim`` if it is one short of ``dims``."""
-        if tensor is None:
-            return (0,) * (dims - 1) + (1,)
-        own = tensor.stride()
-        return own if len(own) == dims else (*own[:head_dim], 0, *own[head_dim:])
-
-    x_s, dt_s, z_s, out_s = (strides(t, 1, 3) for t in (x, dt, z, out))
-    B_s, C_s = strides(B, 1, 3), strides(C, 1, 3)
-    tensors = (state, x, dt, z, out, A, B, C, D, dt_bias, state_batch_indices)
-    options = {
-        "HAS_D": D is not None,
-        "HAS_Z": z is not None,
-        "HAS_BIAS": dt_bias is not None,
-        "SOFTPLUS": dt_softplus,
-        "HAS_SLOTS": state_batch_indices is not None,
-    }
-    by_rows = rows_launch(state, x, dt, A, B, C, D, z, dt_bias, out)
-    block_n, num_warps = state_tile(n)
+    plan = any_plan(batch, heads, channels, n)
+    of_x, of_dt, of_z, of_out = (_strides(y, 1, 3) for y in (x, dt, z, out))
     with torch.cuda.device_of(x):
-        if by_rows is not None:
-            grid, shape = by_rows
-            state_update_rows_kernel[grid](
-                *tensors, 0, pad_slot_id if state_batch_indices is not None else -1,
-                state.stride(0), x_s[0], dt_s[0], z_s[0], out_s[0], B_s[0], C_s[0],
-                state_stride_n=state.stride(2), A_stride_n=A.stride(1), **shape, **options,
-            )  # fmt: skip
-        else:
-            _selective_state_update_kernel[batch, cdiv(channels, BLOCK_D), heads](
-                *tensors, channels, heads * channels // groups, pad_slot_id,
-                *strides(state, 1, 4), *x_s, *dt_s, *z_s, *out_s,
-                *strides(A, 0, 3), *B_s, *C_s, *strides(D, 0, 2), *strides(dt_bias, 0, 2),
-                TOKEN_MAJOR=x_s[2] == dt_s[2] == z_s[2] == out_s[2] == 1,
-                ONE_GROUP=groups == 1,
-                N=n, BLOCK_N=block_n, BLOCK_D=BLOCK_D, num_warps=num_warps, enable_fp_fusion=False, **options,
-            )  # fmt: skip
+        _selective_state_update_kernel[plan.grid](
+            state, x, dt, z, out, A, B, C, D, dt_bias, slots, channels, heads * channels // groups, pad_slot_id,
+            *_strides(state, 1, 4), *of_x, *of_dt, *of_z, *of_out,
+            *_strides(A, 0, 3), *_strides(B, 1, 3), *_strides(C, 1, 3), *_strides(D, 0, 2), *_strides(dt_bias, 0, 2),
+            N=n, BLOCK_N=plan.block_n, BLOCK_D=plan.block_d,
+            TOKEN_MAJOR=of_x[2] == of_dt[2] == of_z[2] == of_out[2] == 1, ONE_GROUP=groups == 1,
+            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus,
+            HAS_SLOTS=slots is not None, num_warps=plan.num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _strides(x: torch.Tensor | None, head_dim: int, dims: int) -> tuple[int, ...]:
+    """Strides of ``x`` with a head dimension put in at ``head_dim`` if it is one short of ``dims``."""
+    if x is None:
+        return (0,) * (dims - 1) + (1,)
+    strides = x.stride()
+    return strides if len(strides) == dims else (*strides[:head_dim], 0, *strides[head_dim:])

@@ -5,26 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from tp_mamba.kernels.selective_scan.cpu import LOG2_E, MATMUL_STATES
+from tp_mamba.kernels.common.cpu_sums import LOG2_E, MATMUL_STATES
+from tp_mamba.kernels.common.dtypes import wide_dtype
+from tp_mamba.kernels.selective_state_update.arguments import StateUpdate
 
 
-def selective_state_update_cpu(
-    state: torch.Tensor,
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    dt_softplus: bool,
-    state_batch_indices: torch.Tensor | None,
-    pad_slot_id: int,
-    out: torch.Tensor,
-) -> None:
-    """Arguments as the op ``tp_mamba::selective_state_update``; any device, in float32 or float64."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+def selective_state_update_cpu(call: StateUpdate) -> None:
+    """On any device, in float32 or float64."""
+    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, pad_slot_id, out = call
+    dtype = wide_dtype(x.dtype)
     if state_batch_indices is None:
         _step(state[: x.shape[0]], x, dt, A, B, C, D, z, dt_bias, dt_softplus, out, dtype)
         return

@@ -1,15 +1,16 @@
 """The one-step state update for the layout that a mixer has: channels contiguous, B and C one group.
 
-A thread owns four adjacent channels with four of their states, ``N / 4`` lanes a channel: every state is read and
-written once, in words of four channels, and B and C arrive four states a load. Lanes exchange only their part of the
-output's sum, by shuffles. A program takes one row of the batch. Addresses, A, D
-and the row's slot are had before the kernel ahead has ended.
+A thread owns four adjacent channels with four of their states, ``N / 4`` lanes per channel: every state is read and
+written once, in words of four channels, and B and C arrive four states per load. Lanes exchange only their part of the
+output's sum, by shuffles. A program takes one row of the batch. Addresses, A, D and the row's slot are loaded before
+the previous kernel has ended.
 
-The time is that of moving the states, so what counts is how many loads are on their way, and how soon after the wait.
-Left to itself the compiler saves registers and puts the loads of later states behind the exponentials of earlier ones.
-What it cannot know, that the argument ``zero`` is zero, stops that: the time step waits for all of a thread's states.
+The time is that of moving the states, so what counts is how many loads are in flight, and how soon after the wait.
+ptxas would sink the later loads below the first exponential to save registers. OR-ing ``states & zero`` into the time step,
+with ``zero`` == 0 known only at run time, makes every load a dependency of the first exponential and keeps all of them
+in flight.
 
-Bits are those of ``selective_state_update_triton``: the sum over states is cut and added in one order everywhere.
+Bits are those of ``any.py``: the sum over states is cut and added in one order everywhere.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment,misc"
@@ -17,25 +18,22 @@ Bits are those of ``selective_state_update_triton``: the sum over states is cut 
 
 from __future__ import annotations
 
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
 import triton.language as tl
 
-from tp_mamba.kernels.common.alignment import in_words
+from tp_mamba.kernels.common.alignment import strides_in_words
 from tp_mamba.kernels.common.approximations import LOG2_E, silu, softplus
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
 from tp_mamba.kernels.common.dialect import add, jit_by_type
-from tp_mamba.kernels.common.integers import cdiv
 from tp_mamba.kernels.common.recurrence import recur
+from tp_mamba.kernels.selective_state_update.arguments import StateUpdate
+from tp_mamba.kernels.selective_state_update.launch import PER_THREAD, mixer_plan
 
 STATE_SIZES = (4, 8, 16, 32)
 """Whole loads of four states of B and C, whose lanes fit a warp."""
-_PER_THREAD = 4
-"""Channels: 16 bytes of float32 an access. With two, and twice as many threads, it takes 4 to 7 % longer."""
-_WARPS = 4
-"""A program. Two are as fast; one is not: a GPU starts some 0.7 programs a nanosecond, however small they are."""
 
 
 @triton.jit
@@ -83,15 +81,16 @@ def state_update_rows_kernel(
     B_ptr,  # [B, N]
     C_ptr,  # [B, N]
     D_ptr,  # [D] contiguous, or None
-    bias_ptr,  # [D] contiguous, or None
-    slot_ptr,  # [B] int, or None: slot b for row b
+    dt_bias_ptr,  # [D] contiguous, or None
+    state_batch_indices_ptr,  # [B] int, or None: slot b for row b
     zero: tl.int32,  # which the compiler cannot know
     pad_slot_id: tl.int64,  # without slots -1, which is no row's
     state_stride_s: tl.int64,
     x_stride_b: tl.int64, dt_stride_b: tl.int64, z_stride_b: tl.int64, out_stride_b: tl.int64,
     B_stride_b: tl.int64, C_stride_b: tl.int64,
     # A model has one of each, whatever the batch: as constants they fold into the loads and stores.
-    CHANNELS: tl.constexpr, state_stride_n: tl.constexpr, A_stride_n: tl.constexpr,
+    state_stride_n: tl.constexpr, A_stride_n: tl.constexpr,
+    CHANNELS: tl.constexpr,
     N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PER_THREAD: tl.constexpr,
@@ -106,44 +105,44 @@ def state_update_rows_kernel(
     let_next_start(PDL)
     LANES: tl.constexpr = N // 4
     OF_WARP: tl.constexpr = BLOCK_D // WARPS  # channels
-    blocks: tl.constexpr = (CHANNELS + BLOCK_D - 1) // BLOCK_D
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_D - 1) // BLOCK_D
     # Blocks of channels vary fastest: neighbouring programs move neighbouring states.
-    first_d = tl.program_id(0) % blocks * BLOCK_D
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    first_d = tl.program_id(0) % BLOCKS * BLOCK_D
+    i_b = (tl.program_id(0) // BLOCKS).to(tl.int64)
     # Tiles [WARPS * LANES, OF_WARP]: in this shape a warp's threads are the lanes of its own channels.
     of_tile = tl.arange(0, WARPS * LANES)[:, None]
     lane = of_tile % LANES
     d = of_tile // LANES * OF_WARP + tl.arange(0, OF_WARP)[None, :]
-    inside = (d >= 0) if CHANNELS % BLOCK_D == 0 else (first_d + d < CHANNELS)
+    d_mask = (d >= 0) if CHANNELS % BLOCK_D == 0 else (first_d + d < CHANNELS)
 
-    slot = row
+    slot = i_b
     if HAS_SLOTS:
-        slot = tl.load(slot_ptr + row).to(tl.int64)
+        slot = tl.load(state_batch_indices_ptr + i_b).to(tl.int64)
     live = slot != pad_slot_id
     p_a = _words(A_ptr, first_d, PER_THREAD) + (4 * A_stride_n * lane + d)
     a = ()
     for j in tl.static_range(4):
-        a = a + (tl.load(p_a + j * A_stride_n, mask=inside).to(tl.float32) * LOG2_E,)
+        a = a + (tl.load(p_a + j * A_stride_n, mask=d_mask).to(tl.float32) * LOG2_E,)
     if HAS_D:
-        skip = tl.load(D_ptr + first_d + d, mask=inside).to(tl.float32)
+        skip = tl.load(D_ptr + first_d + d, mask=d_mask).to(tl.float32)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + first_d + d, mask=inside).to(tl.float32)
+        bias = tl.load(dt_bias_ptr + first_d + d, mask=d_mask).to(tl.float32)
     p_state = _words(state_ptr, slot * state_stride_s + first_d, PER_THREAD) + (4 * state_stride_n * lane + d)
-    p_x = _words(x_ptr, row * x_stride_b + first_d, PER_THREAD) + d
-    p_dt = _words(dt_ptr, row * dt_stride_b + first_d, PER_THREAD) + d
-    p_out = _words(out_ptr, row * out_stride_b + first_d, PER_THREAD) + d
+    p_x = _words(x_ptr, i_b * x_stride_b + first_d, PER_THREAD) + d
+    p_dt = _words(dt_ptr, i_b * dt_stride_b + first_d, PER_THREAD) + d
+    p_out = _words(out_ptr, i_b * out_stride_b + first_d, PER_THREAD) + d
     wait_for_kernel_ahead(PDL)
 
-    mask = inside & live
+    live_mask = d_mask & live
     h = ()
     for j in tl.static_range(4):
-        h = h + (tl.load(p_state + j * state_stride_n, mask=mask).to(tl.float32),)
-    dt = tl.load(p_dt, mask=mask).to(tl.float32)
-    x = tl.load(p_x, mask=mask).to(tl.float32)
-    b = _four_states(B_ptr, row * B_stride_b, live, LANES, WARPS, PER_THREAD)
-    c = _four_states(C_ptr, row * C_stride_b, live, LANES, WARPS, PER_THREAD)
+        h = h + (tl.load(p_state + j * state_stride_n, mask=live_mask).to(tl.float32),)
+    dt = tl.load(p_dt, mask=live_mask).to(tl.float32)
+    x = tl.load(p_x, mask=live_mask).to(tl.float32)
+    b = _four_states(B_ptr, i_b * B_stride_b, live, LANES, WARPS, PER_THREAD)
+    c = _four_states(C_ptr, i_b * C_stride_b, live, LANES, WARPS, PER_THREAD)
     if HAS_Z:
-        z = tl.load(_words(z_ptr, row * z_stride_b + first_d, PER_THREAD) + d, mask=mask).to(tl.float32)
+        z = tl.load(_words(z_ptr, i_b * z_stride_b + first_d, PER_THREAD) + d, mask=live_mask).to(tl.float32)
 
     seen = h[0].to(tl.int32, bitcast=True)
     for j in tl.static_range(1, 4):
@@ -155,50 +154,52 @@ def state_update_rows_kernel(
         dt = softplus(dt)
     h, y = recur(h, a, dt, dt * x, b, c, 4)
     for j in tl.static_range(4):
-        tl.store(p_state + j * state_stride_n, h[j].to(state_ptr.dtype.element_ty), mask=mask)
+        tl.store(p_state + j * state_stride_n, h[j].to(state_ptr.dtype.element_ty), mask=live_mask)
     y = _over_lanes(y, LANES, WARPS)
     if HAS_D:
         y = tl.fma(x, skip, y)
     if HAS_Z:
         y = y * silu(z)
-    tl.store(p_out, tl.where(live, y, 0.0).to(out_ptr.dtype.element_ty), mask=inside & (lane == 0))
+    tl.store(p_out, tl.where(live, y, 0.0).to(out_ptr.dtype.element_ty), mask=d_mask & (lane == 0))
 
 
-def rows_launch(
-    state: torch.Tensor,
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    out: torch.Tensor,
-) -> tuple[tuple[int], dict[str, Any]] | None:
-    """Grid and shape of the kernel's launch for these arguments; None where the kernel does not serve them.
+def strides_if_served(call: StateUpdate) -> tuple[int, ...] | None:
+    """The strides that :func:`launch` passes on, or None where the kernel does not serve the call.
 
     It wants no heads, one group, N of 4, 8, 16 or 32, contiguous channels of everything (of state and A too), B and C
     with contiguous states, and every row at a whole word: four channels, four states.
     """
-    if x.dim() != 2 or (B.dim() == 3 and B.shape[1] != 1) or A.shape[-1] not in STATE_SIZES:
+    state, x, dt, A, B, C, D, z, dt_bias = call[:9]
+    if x.dim() != 2 or (B.dim() == 3 and B.shape[1] != 1):
         return None
-    by_channel = [y for y in (x, dt, z, out, state.mT, A.t()) if y is not None]
-    vectors = [y for y in (D, dt_bias) if y is not None]
-    if not (in_words(_PER_THREAD, *by_channel) and in_words(4, B, C) and in_words(1, *vectors)):
+    channels, n = A.shape
+    if n not in STATE_SIZES or channels % PER_THREAD:
         return None
-    (batch, channels), n = x.shape, A.shape[-1]
-    if channels % _PER_THREAD:
+    if (D is not None and D.stride(0) != 1) or (dt_bias is not None and dt_bias.stride(0) != 1):
         return None
-    block_d = _PER_THREAD * 32 * _WARPS * 4 // n
-    shape = {
-        "CHANNELS": channels,
-        "N": n,
-        "BLOCK_D": block_d,
-        "PER_THREAD": _PER_THREAD,
-        "WARPS": _WARPS,
-        "num_warps": _WARPS,
-        "enable_fp_fusion": False,
-        **early_start(x.device),
-    }
-    return (batch * cdiv(channels, block_d),), shape
+    of_state, of_A = strides_in_words(state, PER_THREAD, -2), strides_in_words(A, PER_THREAD, -2)
+    of_x, of_dt = strides_in_words(x, PER_THREAD), strides_in_words(dt, PER_THREAD)
+    of_z = (0,) if z is None else strides_in_words(z, PER_THREAD)
+    of_out = strides_in_words(call.out, PER_THREAD)
+    of_B, of_C = strides_in_words(B, 4), strides_in_words(C, 4)
+    if not (of_state and of_A and of_x and of_dt and of_z and of_out and of_B and of_C):
+        return None
+    return of_state[0], of_x[0], of_dt[0], of_z[0], of_out[0], of_B[0], of_C[0], of_state[2], of_A[1]
+
+
+def launch(call: StateUpdate, strides: tuple[int, ...]) -> None:
+    """Launch the kernel for a call that it serves, with what :func:`strides_if_served` gave."""
+    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots, pad_slot_id, out = call
+    batch, channels = x.shape
+    if batch == 0 or channels == 0:
+        return
+    n = A.shape[1]
+    plan = mixer_plan(batch, channels, n)
+    with torch.cuda.device_of(x):
+        state_update_rows_kernel[plan.grid](
+            state, x, dt, z, out, A, B, C, D, dt_bias, slots,
+            0, pad_slot_id if slots is not None else -1, *strides,
+            CHANNELS=channels, N=n, BLOCK_D=plan.block_d, PER_THREAD=PER_THREAD, WARPS=plan.num_warps,
+            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus,
+            HAS_SLOTS=slots is not None, num_warps=plan.num_warps, enable_fp_fusion=False, **early_start(x.device),
+        )  # fmt: skip

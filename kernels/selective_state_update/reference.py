@@ -26,7 +26,7 @@ def selective_state_update_reference(
     pad_slot_id: int = -1,
 ) -> torch.Tensor:
     """As :func:`tp_mamba.kernels.selective_state_update.selective_state_update`; ``state`` is written in place."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(x.dtype, torch.float32)
     out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     groups = B.shape[1] if B.dim() == 3 else 1
     group_size = x[0].numel() // groups

@@ -1,0 +1,79 @@
+"""How the scan is cut into programs: a function of shapes and of the device. Results do not depend on it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from tp_mamba.kernels.common.device import DeviceProperties
+from tp_mamba.kernels.common.integers import cdiv
+from tp_mamba.kernels.common.state_tile import BLOCK_D, state_tile
+
+STATE_SIZES = (4, 8, 16, 32)
+"""Of the kernel for a mixer: whole loads of four states, and at most 16 states per thread."""
+
+STEPS = 4
+"""Tokens of the kernel for any layout whose loads are in flight while the four before them are computed."""
+
+_BY_WARPS = ((4, 16, 1), (8, 16, 3), (16, 4, None))
+"""Cuts of the kernel for a mixer: states per lane, tokens per group, and the most warps per scheduler."""
+
+_BY_WARPS_OF_32_STATES = ((8, 4, None),)
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """One launch of either kernel."""
+
+    grid: tuple[int, int]
+    """Sequences, blocks of channels."""
+    block_n: int
+    """States of a program's tile, a power of two; for a mixer N itself."""
+    block_d: int
+    """Channels per program."""
+    steps: int
+    """Tokens whose loads are in flight together."""
+    lanes: int
+    """Threads that share a channel's states, in the kernel for a mixer; there are no such lanes in the other: 1."""
+    num_warps: int
+
+
+@functools.lru_cache(maxsize=1024)
+def mixer_plan(
+    sequences: int, channels: int, n: int, softplus: bool, save_every: int | None, device: DeviceProperties
+) -> LaunchPlan:
+    """The plan of the kernel for a mixer's layout, which is one warp per program.
+
+    More lanes per channel are more warps, which hide each other's waits, and more instructions: so as many lanes as
+    keep the warps of a scheduler few. The numbers are an H200's best for 16 states. With softplus inside, eight states
+    per lane leave no registers for 16 tokens.
+    """
+    schedulers = device.schedulers_per_sm * device.sm_count
+    lanes, steps, block_d = 1, 1, 32
+    for states, tokens, most in _BY_WARPS if n <= 16 else _BY_WARPS_OF_32_STATES:
+        if states > n:
+            break
+        lanes = n // states
+        block_d = 32 // lanes
+        steps = min(8, tokens) if softplus and states > 4 else tokens
+        if most is None or sequences * cdiv(channels, block_d) <= most * schedulers:
+            break
+    return plan_of(sequences, channels, n, lanes, steps, save_every)
+
+
+def plan_of(
+    sequences: int, channels: int, n: int, lanes: int, steps: int, save_every: int | None = None
+) -> LaunchPlan:
+    """The plan of the kernel for a mixer's layout with a given cut."""
+    if save_every is not None:  # the kernel looks for a state that is due once per group
+        steps = math.gcd(steps, save_every)
+    block_d = 32 // lanes
+    return LaunchPlan((sequences, cdiv(channels, block_d)), n, block_d, steps, lanes, 1)
+
+
+@functools.lru_cache(maxsize=1024)
+def any_plan(sequences: int, channels: int, n: int) -> LaunchPlan:
+    """The plan of the kernel for any layout."""
+    block_n, num_warps = state_tile(n)
+    return LaunchPlan((sequences, cdiv(channels, BLOCK_D)), block_n, BLOCK_D, STEPS, 1, num_warps)
