@@ -11,9 +11,9 @@ The op is ``tp_mamba::selective_scan``; it writes ``out`` and the states in plac
 (``mixer.py`` for the layout of a mixer, ``any.py`` for all others), the others (and float64) plain torch (``cpu.py``).
 ``reference.py`` holds the loop that all are tested with.
 
-In all of them a token's result depends on its own sequence alone, not on the rest of the batch. In the kernels its
-bits do not depend on where a prompt was cut either (given a float32 state). In plain torch they may, in the last place:
-the cut decides which tokens are summed by one matrix product.
+A token's bits depend on its own sequence alone, not on the rest of the batch; in the kernels (given a float32 state)
+not on where a prompt was cut either. Plain torch keeps to the latter as far as torch's own operators do: it sums states
+by a batched product with one small matrix per token, of which a cut changes the number.
 """
 
 from __future__ import annotations

@@ -36,11 +36,14 @@ def strides_of(call: SelectiveScan) -> Strides:
     packed = call.query_start_loc is not None
     D, bias, states = call.D, call.delta_bias, call.ssm_states
     return Strides(
-        *(_by_token(x, packed) for x in (call.u, call.delta, call.z, call.out)),
-        call.A.stride(),
-        _by_group(call.B, packed),
-        _by_group(call.C, packed),
-        (
+        u=_by_token(call.u, packed),
+        delta=_by_token(call.delta, packed),
+        z=_by_token(call.z, packed),
+        out=_by_token(call.out, packed),
+        A=call.A.stride(),
+        B=_by_group(call.B, packed),
+        C=_by_group(call.C, packed),
+        rest=(
             0 if D is None else D.stride(0),
             0 if bias is None else bias.stride(0),
             *((0, 0, 0) if states is None else states.stride()),

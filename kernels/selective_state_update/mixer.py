@@ -6,9 +6,9 @@ output's sum, by shuffles. A program takes one row of the batch. Addresses, A, D
 the previous kernel has ended.
 
 The time is that of moving the states, so what counts is how many loads are in flight, and how soon after the wait.
-ptxas would sink the later loads below the first exponential to save registers. OR-ing ``states & zero`` into the time step,
-with ``zero`` == 0 known only at run time, makes every load a dependency of the first exponential and keeps all of them
-in flight.
+ptxas would sink the later loads below the first exponential to save registers. OR-ing ``states & zero`` into the time
+step, with ``zero`` == 0 known only at run time, makes every load a dependency of the first exponential and keeps all of
+them in flight.
 
 Bits are those of ``any.py``: the sum over states is cut and added in one order everywhere.
 """

@@ -1,4 +1,4 @@
-"""What a compiled kernel reads before it waits for the kernel ahead of it, from its PTX."""
+"""What a compiled kernel reads before it waits for the previous kernel, from its PTX."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
+
+from tp_mamba.kernels.common.static_operands import STATIC_OPERANDS
 
 _REGISTER = re.compile(r"%\w+")
 _OF_THIS_PROGRAM = ("ld.shared", "st.shared", "cp.async.commit_group", "cp.async.wait_group")
@@ -68,6 +70,13 @@ def read_ahead(compiled: Any) -> set[str]:
         assert pointers, f"before the wait something is read at {address}, which comes from no argument"
         read |= pointers
     return read
+
+
+def undeclared(compiled: Any, op: str) -> set[str]:
+    """Pointers that a kernel of ``op`` reads before its wait, less the static operands that ``op`` declares."""
+    return {
+        pointer for pointer in read_ahead(compiled) if pointer.removesuffix("_ptr") not in STATIC_OPERANDS[op]
+    }
 
 
 def _instructions(ptx: str) -> Iterator[tuple[str, str, str]]:

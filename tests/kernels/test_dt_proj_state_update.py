@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from kernel_testing import (
     to,
     triton_device,
 )
-from ptx_testing import read_ahead
+from ptx_testing import read_ahead, undeclared
 
-from tp_mamba.kernels.dt_proj_state_update import dt_proj_state_update
+from tp_mamba.kernels.common.device import INTERPRETED, device_properties
+from tp_mamba.kernels.dt_proj_state_update import dt_proj_state_update, launch
+from tp_mamba.kernels.dt_proj_state_update.reference import dt_proj_state_update_reference
 from tp_mamba.kernels.linear_softplus import linear_softplus
-from tp_mamba.kernels.linear_softplus.reference import linear_softplus_reference
 from tp_mamba.kernels.selective_state_update import selective_state_update
-from tp_mamba.kernels.selective_state_update.reference import selective_state_update_reference
 
 PAD = 0
 
@@ -101,8 +102,8 @@ def in_one(inputs: dict[str, Any]) -> torch.Tensor:
 def noted_launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     launches: list[Any] = []
     fused = fused_module()
-    launch = fused.launch
-    monkeypatch.setattr(fused, "launch", lambda *args: (launches.append(args), launch(*args)))
+    original = fused.launch
+    monkeypatch.setattr(fused, "launch", lambda *args: (launches.append(args), original(*args)))
     return launches
 
 
@@ -115,8 +116,9 @@ def test_bits_are_those_of_the_two_calls(
     inputs, launches = CASES[case], noted_launches(monkeypatch)
     if inputs["x"].shape[1] % channels:
         pytest.skip("the launcher takes 32 then")
-    monkeypatch.setattr(fused_module(), "channels_a_program", lambda *sizes: channels)
-    monkeypatch.setattr(fused_module(), "row_blocks", lambda *sizes: blocks)
+    monkeypatch.setattr(
+        launch, "launch_plan", lambda batch, D, R, device: launch.plan_of(batch, D, R, blocks, channels)
+    )
     out, state = run(in_one, inputs, device)
     assert len(launches) == 1
     expected_out, expected_state = run(separately, inputs, device)
@@ -131,9 +133,8 @@ def test_matches_float64(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make(37, 64, 16, 256, seed=7)
     results = []
     for each in (inputs, double(inputs)):
-        rest = {name: x.clone() for name, x in each.items() if name not in ("dt", "weight", "bias")}
-        delta = linear_softplus_reference(each["dt"], each["weight"], each["bias"])
-        results.append((selective_state_update_reference(**rest, dt=delta, pad_slot_id=PAD), rest["state"]))
+        own = each | {"state": each["state"].clone()}
+        results.append((dt_proj_state_update_reference(**own, pad_slot_id=PAD), own["state"]))
     for actual, in_dtype, exact in zip(run(in_one, inputs, device), *results, strict=True):
         # The time steps are rounded between the two in either; twice the reference's own error is the bound.
         assert_within_twice(actual, in_dtype, exact)
@@ -144,7 +145,7 @@ def test_matches_float64(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_many_rows(batch: int, channels: int) -> None:
     """Two blocks of rows a program: the bits of the two calls, 64 rows at a time."""
     inputs, by_row = make(batch, channels, 16, 256), ("x", "dt", "B", "C", "z", "state_batch_indices")
-    assert fused_module().row_blocks(batch, channels) == 2
+    assert launch.launch_plan(batch, channels, 256, device_properties(torch.device("cuda"))).blocks == 2
     out, state = run(in_one, inputs, torch.device("cuda"))
     expected_state = inputs["state"].cuda()
     for i in range(0, batch, 64):
@@ -186,7 +187,7 @@ def test_other_calls_run_the_two_kernels(
     inputs = make(9, channels, change.get("n", 16), 24, change.get("dtype", torch.bfloat16))
     inputs |= {name: x for name, x in change.items() if name in inputs}
     if "many" in change:
-        monkeypatch.setattr(fused_module(), "_MOST_PROGRAMS", 1)
+        monkeypatch.setattr(launch, "launch_plan", lambda *sizes: None)
     launches = noted_launches(monkeypatch)
     results = zip(run(in_one, inputs, device), run(separately, inputs, device), strict=True)
     assert all(torch.equal(actual, expected) for actual, expected in results)
@@ -231,43 +232,68 @@ def test_one_compilation_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(keys) == 1
 
 
-def test_row_blocks() -> None:
-    """Two from where all programs still run at once."""
-    blocks = fused_module().row_blocks
+@pytest.mark.pinned_toolchain
+def test_plans() -> None:
+    """Two blocks of rows where all programs are still resident; 64 channels where warps would have no row."""
+
+    def blocks(batch: int, channels: int) -> int:
+        return launch.launch_plan(batch, channels, 256, INTERPRETED).blocks
+
+    def channels_per_program(batch: int, channels: int) -> int:
+        return launch.launch_plan(batch, channels, 256, INTERPRETED).block_d
+
     assert [blocks(batch, 8192) for batch in (1, 8, 31, 32, 256)] == [1, 1, 1, 2, 2]
     assert [blocks(batch, 4096) for batch in (8, 32, 63, 64)] == [1, 1, 1, 2]
     assert blocks(8, 2**20) == 1
+    assert [channels_per_program(batch, 8192) for batch in (1, 2, 3, 64)] == [64, 64, 32, 32]
+    assert [channels_per_program(1, D) for D in (7680, 7648, 4096, 32)] == [64, 32, 32, 32]
 
 
-def test_channels_a_program() -> None:
-    """64 where most warps would have no row and the programs are still as many as multiprocessors."""
-    channels = fused_module().channels_a_program
-    assert [channels(batch, 8192) for batch in (1, 2, 3, 64)] == [64, 64, 32, 32]
-    assert [channels(1, D) for D in (7680, 7648, 4096, 32)] == [64, 32, 32, 32]
+def test_plans_depend_on_the_device() -> None:
+    """Programs are few or many for the SMs of the tensor's own GPU."""
+    small, large = replace(INTERPRETED, sm_count=60), replace(INTERPRETED, sm_count=160)
+    assert [launch.launch_plan(1, 4096, 256, device).block_d for device in (small, large)] == [64, 32]
+    assert [launch.launch_plan(32, 8192, 256, device).blocks for device in (small, large)] == [2, 1]
 
 
-@pytest.mark.parametrize(
+def test_more_rows_than_a_grid_has_room_for() -> None:
+    assert launch.launch_plan(65535 * 16 + 1, 8192, 256, INTERPRETED) is None
+
+
+MACHINE_CODE = pytest.mark.parametrize(
     ("batch", "n", "rank"), [(8, 16, 256), (1, 16, 256), (33, 16, 256), (8, 8, 160), (8, 4, 48)]
 )
-def test_compiles_for_hopper(
+
+
+@MACHINE_CODE
+def test_instruction_of_the_product(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, batch: int, n: int, rank: int
 ) -> None:
+    """With every Triton the product's instruction is linear_softplus', whatever the number of rows; nothing spills."""
     compiled = compile_as_launched(*record(monkeypatch, make(batch, 8192, n, rank)))
+    assert "wgmma" not in compiled.asm["ptx"]
+    assert "mma.sync.aligned.m16n8k16" in compiled.asm["ptx"]
+    assert not undeclared(compiled, "tp_mamba::dt_proj_state_update")
     assert stack_bytes(compiled, tmp_path) == 0
-    assert read_ahead(compiled) == {"weight_ptr", "bias_ptr", "D_ptr", "slot_ptr"}
-    # The instruction of linear_softplus for few rows, and only the time steps change hands after it.
+
+
+@pytest.mark.pinned_toolchain
+@MACHINE_CODE
+def test_machine_code(monkeypatch: pytest.MonkeyPatch, batch: int, n: int, rank: int) -> None:
+    compiled = compile_as_launched(*record(monkeypatch, make(batch, 8192, n, rank)))
+    assert read_ahead(compiled) == {"weight_ptr", "bias_ptr", "D_ptr", "state_batch_indices_ptr"}
+    # Only the time steps change hands after the product.
     ptx = compiled.asm["ptx"]
-    assert "wgmma" not in ptx
-    assert "mma.sync.aligned.m16n8k16" in ptx
     assert len(re.findall(r"bar\.sync", ptx.rpartition("mma.sync")[2])) == 2
-    # States and A, two channels a load, all before the first product; then B and C.
+    # States and A, two channels per load, all before the first product; then B and C.
     before, _, after = ptx.partition("mma.sync")
     assert len(re.findall(r"ld\.global\.v2\.b32", before)) >= 2 * n
     assert len(re.findall(r"st\.global\.v2\.b32", after)) == n * (2 if batch > 32 else 1)
-    assert (
-        "griddepcontrol"
-        not in compile_as_launched(*record(monkeypatch, make(batch, 64, n, rank), pdl=False)).asm["ptx"]
-    )
+
+
+def test_without_early_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = compile_as_launched(*record(monkeypatch, make(8, 64, 16, 256), pdl=False))
+    assert "griddepcontrol" not in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize(

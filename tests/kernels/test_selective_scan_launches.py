@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-import re
-import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kernel_testing import DEVICES, Launches, compile_for_hopper, stack_bytes, to, triton_device
+from scan_testing import CUTS, force_any, force_cut, loop_of
 from test_selective_scan import make
 
+from tp_mamba.kernels.common.device import DeviceProperties
 from tp_mamba.kernels.selective_scan import selective_scan_fn
+from tp_mamba.kernels.selective_scan.arguments import SelectiveScan
+from tp_mamba.kernels.selective_scan.launch import LaunchPlan, mixer_plan
+from tp_mamba.kernels.selective_scan.operands import strides_of
 
-TILES = [(4, 16), (4, 8), (2, 16), (2, 4), (1, 4), (4, 1)]
-"""Launches of the kernel for tiles: lanes a channel, tokens a group."""
-
-
-def scan_module() -> Any:
-    """The module as the dispatcher has it now: ``triton_device`` imports another one for the interpreter."""
-    return importlib.import_module("tp_mamba.kernels.selective_scan.any")
-
-
-def launch_of(lanes: int, steps: int) -> Any:
-    """A stand-in for ``tiles_launch`` that always gives this one."""
-
-    def launch(sequences: int, channels: int, n: int, softplus: bool) -> dict[str, Any]:
-        return {
-            "N": n,
-            "LANES": lanes,
-            "BLOCK_D": 32 // lanes,
-            "EVEN_D": channels % (32 // lanes) == 0,
-            "STEPS": steps,
-            "num_warps": 1,
-            "enable_fp_fusion": False,
-        }
-
-    return launch
+H100 = DeviceProperties(sm_count=132, shared_bytes_per_sm=228 * 1024)
 
 
 @pytest.mark.parametrize("channels", [32, 38])
@@ -49,65 +29,47 @@ def test_bits_do_not_depend_on_the_launch(where: str, channels: int, monkeypatch
     inputs = to(make(channels, 16, [0, 1, 19, 0], torch.bfloat16), device)
     inputs |= {name: inputs[name].t().contiguous().t() for name in ("B", "C")}  # aligned, as the mixer's are
     results = []
-    for shape in [*TILES, None]:
-        if shape is None:
-            monkeypatch.setattr(scan_module(), "TILE_STATE_SIZES", ())
+    for cut in [*CUTS, None]:
+        if cut is None:
+            force_any(monkeypatch)
         else:
-            monkeypatch.setattr(scan_module(), "tiles_launch", launch_of(*shape))
+            force_cut(*cut, monkeypatch)
         results.append(selective_scan_fn(**inputs, return_last_state=True))
     for out, state in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(state, results[0][1])
 
 
-def loop_of(cubin: bytes, folder: Path) -> list[str]:
-    """The instructions of a kernel's longest loop, in the machine's own language."""
-    from triton import knobs
-
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    command = [knobs.nvidia.nvdisasm.path, "-c", str(path)]
-    listing = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    longest: list[str] = []
-    for line in listing.splitlines():
-        if label := re.match(r"(\.L_\S+):", line):
-            labels[label[1]] = len(instructions)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,5}\*/\s+(.*?);", line):
-            instructions.append(re.sub(r"^@!?U?P\w+\s+", "", found[1].strip()))
-            back = re.search(r"BRA.*`\((\.L_\S+)\)", found[1])
-            if back and back[1] in labels and len(instructions) - labels[back[1]] > len(longest):
-                longest = instructions[labels[back[1]] :]
-    return longest
-
-
 def compile_launch(
     sequences: int, channels: int, softplus: bool, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Any, LaunchPlan]:
     """What is launched for so many sequences and channels as a mixer calls it (or with softplus inside), compiled."""
-    from tp_mamba.kernels.selective_scan import any as module
+    from tp_mamba.kernels.selective_scan import mixer
 
-    kernel, shape = module.selective_scan_tiles_kernel, module.tiles_launch(sequences, channels, 16, softplus)
-    recorded = Launches()
-    monkeypatch.setattr(module, "selective_scan_tiles_kernel", recorded)
-    monkeypatch.setattr(module, "tiles_launch", lambda *sizes: shape)
+    kernel, recorded = mixer.selective_scan_tiles_kernel, Launches()
+    plan = mixer_plan(sequences, channels, 16, softplus, None, H100)
+    monkeypatch.setattr(mixer, "selective_scan_tiles_kernel", recorded)
+    monkeypatch.setattr(mixer, "mixer_plan", lambda *sizes: plan)
     T, D, N = 8, 128, 16
     x = torch.zeros(T, 2 * D, dtype=torch.bfloat16)
     bc = torch.zeros(T, 2 * N)
     start = torch.tensor([0, T], dtype=torch.int32)
-    module.selective_scan_triton(
+    call = SelectiveScan(
         x[:, :D].t(), x[:, :D].t(), torch.zeros(N, D).t(), bc[:, :N].t()[None], bc[:, N:].t()[None],
         torch.zeros(D), x[:, D:].t(), torch.zeros(D) if softplus else None, softplus,
         start, start[:1], start[:1] > 0, torch.zeros(1, N, D).mT, None, -1, x[:, :D].t(),
     )  # fmt: skip
-    return compile_for_hopper(kernel, recorded.calls[0]), shape
+    strides = strides_of(call)
+    assert mixer.serves(call, strides)
+    mixer.launch(call, strides)
+    return compile_for_hopper(kernel, recorded.calls[0]), plan
 
 
 def names_of(loop: list[str]) -> list[str]:
     return [instruction.split()[0].split(".")[0] for instruction in loop]
 
 
+@pytest.mark.pinned_toolchain
 @pytest.mark.parametrize(
     ("sequences", "channels", "softplus", "most"),
     [
@@ -122,9 +84,9 @@ def names_of(loop: list[str]) -> list[str]:
 def test_loop_of_the_kernel_for_tiles(
     sequences: int, channels: int, softplus: bool, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Instructions a token: gate and softplus once a (token, channel), no spill, and no load but into shared memory."""
-    compiled, shape = compile_launch(sequences, channels, softplus, monkeypatch)
-    steps, lanes = shape["STEPS"], shape["LANES"]
+    """Instructions per token: gate and softplus once per (token, channel), no spill, loads into shared memory only."""
+    compiled, plan = compile_launch(sequences, channels, softplus, monkeypatch)
+    steps, lanes = plan.steps, plan.lanes
     assert stack_bytes(compiled, tmp_path) == 0
     loop = loop_of(compiled.asm["cubin"], tmp_path)
     names = names_of(loop)
@@ -137,13 +99,13 @@ def test_loop_of_the_kernel_for_tiles(
     assert len(loop) / steps <= most
 
 
+@pytest.mark.pinned_toolchain
 def test_choice() -> None:
-    """The more sequences, the fewer lanes a channel."""
-    from tp_mamba.kernels.selective_scan.any import tiles_launch
+    """The more sequences, the fewer lanes per channel."""
 
     def chosen(sequences: int, channels: int, n: int = 16, softplus: bool = False) -> tuple[int, int]:
-        shape = tiles_launch(sequences, channels, n, softplus)
-        return shape["LANES"], shape["STEPS"]
+        plan = mixer_plan(sequences, channels, n, softplus, None, H100)
+        return plan.lanes, plan.steps
 
     assert [chosen(s, 8192) for s in (1, 2, 4, 16)] == [(2, 16), (2, 16), (1, 4), (1, 4)]
     assert [chosen(s, 4096) for s in (1, 2, 4, 64)] == [(4, 16), (2, 16), (2, 16), (1, 4)]
@@ -152,3 +114,14 @@ def test_choice() -> None:
     assert [chosen(64, 8192, n) for n in (4, 8, 32)] == [(1, 16), (1, 16), (4, 4)]
     assert [chosen(s, 8192, softplus=True) for s in (1, 16)] == [(2, 8), (1, 4)]
     assert chosen(1, 4096, softplus=True) == (4, 16)
+
+
+def test_choice_depends_on_the_device() -> None:
+    """Warps are few or many for the schedulers of the tensor's own GPU."""
+    small, large = replace(H100, sm_count=40), replace(H100, sm_count=528)
+    assert mixer_plan(1, 4096, 16, False, None, small).lanes == 2
+    assert [mixer_plan(4, 4096, 16, False, None, device).lanes for device in (small, H100, large)] == [
+        1,
+        2,
+        4,
+    ]

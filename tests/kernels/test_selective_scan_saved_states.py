@@ -19,10 +19,12 @@ from kernel_testing import (
     to,
     triton_device,
 )
+from scan_testing import CUTS, force_any, force_cut, loop_of, scan_module
 from test_selective_scan import make
-from test_selective_scan_launches import TILES, launch_of, loop_of, scan_module
 
+from tp_mamba.kernels.common.device import INTERPRETED
 from tp_mamba.kernels.selective_scan import selective_scan_fn
+from tp_mamba.kernels.selective_scan.launch import LaunchPlan, mixer_plan
 from tp_mamba.kernels.selective_scan.reference import selective_scan_reference
 
 LENGTHS = [11, 0, 1, 17, 8]
@@ -50,10 +52,10 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 def only(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the kernel for a mixer's layout run, or the general one; the other fails."""
     if kernel == GENERAL:
-        monkeypatch.setattr(scan_module(), "TILE_STATE_SIZES", ())
-        monkeypatch.setattr(scan_module(), "tiles_launch", None)
+        force_any(monkeypatch)
+        monkeypatch.setattr(scan_module("mixer"), "selective_scan_tiles_kernel", None)
     else:
-        monkeypatch.setattr(scan_module(), "_selective_scan_kernel", None)
+        monkeypatch.setattr(scan_module("any"), "_selective_scan_kernel", None)
 
 
 def packed(
@@ -182,8 +184,8 @@ def test_bits_do_not_depend_on_the_launch(
         only(GENERAL, patch)
         first = selective_scan_fn(**own(inputs), save_states_every=k)
     only(MIXER, monkeypatch)
-    for shape in TILES[1:5]:
-        monkeypatch.setattr(scan_module(), "tiles_launch", launch_of(*shape))
+    for cut in CUTS[1:5]:
+        force_cut(*cut, monkeypatch)
         out, saved = selective_scan_fn(**own(inputs), save_states_every=k)
         assert torch.equal(out, first[0])
         assert torch.equal(saved[mine], first[1][mine])
@@ -254,14 +256,17 @@ def test_compiled_and_opcheck() -> None:
 
 def record(
     sequences: int, channels: int, k: int | None, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Any, dict[str, Any], Any]:
-    """The kernel chosen for a mixer's call with 16 states, its shape, and its launch."""
+) -> tuple[Any, LaunchPlan, Any]:
+    """The kernel chosen for a mixer's call with 16 states, its plan, and its launch."""
     import tp_mamba.kernels.selective_scan as op
-    import tp_mamba.kernels.selective_scan.any as module
+    import tp_mamba.kernels.selective_scan.mixer as module
 
     T, N = 8 * sequences, 16
     x, bc = torch.zeros(T, 2 * channels, dtype=torch.bfloat16), torch.zeros(T, 2 * N)
-    kernel, shape = module.selective_scan_tiles_kernel, module.tiles_launch(sequences, channels, N, False)
+    kernel, plan = (
+        module.selective_scan_tiles_kernel,
+        mixer_plan(sequences, channels, N, False, k, INTERPRETED),
+    )
     launches = Launches()
     with monkeypatch.context() as patch:
         patch.setattr(module, "selective_scan_tiles_kernel", launches)
@@ -275,7 +280,7 @@ def record(
             ssm_states=torch.zeros(sequences, N, channels).mT,
             save_states_every=k,
         )  # fmt: skip
-    return kernel, shape, launches.calls[0]
+    return kernel, plan, launches.calls[0]
 
 
 FEW, MANY = (1, 4096), (64, 2048)
@@ -294,6 +299,7 @@ def test_one_compilation_for_all_distances(monkeypatch: pytest.MonkeyPatch) -> N
     assert compilations(None, 16) == 2
 
 
+@pytest.mark.pinned_toolchain
 @pytest.mark.parametrize("sizes", [FEW, (1, 8192), MANY])
 def test_compiles_for_hopper_without_spills(
     sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -303,21 +309,22 @@ def test_compiles_for_hopper_without_spills(
     assert stack_bytes(compile_for_hopper(kernel, launch), tmp_path) == 0
 
 
+@pytest.mark.pinned_toolchain
 @pytest.mark.parametrize("sizes", [FEW, MANY])
 def test_instructions_of_the_loop(
     sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Without saving the loop stores its outputs and does not branch; with it, one branch a group jumps the stores."""
+    """Without saving the loop stores its outputs and does not branch; with it, a branch per group jumps the stores."""
     loops = []
     for k in (None, 64):
-        kernel, shape, launch = record(*sizes, k, monkeypatch)
+        kernel, plan, launch = record(*sizes, k, monkeypatch)
         loops.append(loop_of(compile_for_hopper(kernel, launch).asm["cubin"], tmp_path))
-    states = 16 // shape["LANES"]
-    stores = shape["STEPS"] * shape["BLOCK_D"] // 32 // 4 if shape["LANES"] == 1 else 1
+    states = 16 // plan.lanes
+    stores = plan.steps * plan.block_d // 32 // 4 if plan.lanes == 1 else 1
     plain, saving = ([line.split()[0].split(".")[0] for line in loop] for loop in loops)
     assert plain.count("STG") == stores
     assert plain.count("BRA") == 1
     assert saving.count("STG") == stores + states
     assert saving.count("BRA") == 2
-    # A store and its address a state; the comparison, the counter and the next row a group.
+    # A store and its address per state; the comparison, the counter and the next row per group.
     assert len(saving) - len(plain) <= 5 * states + 40

@@ -20,7 +20,7 @@ from kernel_testing import (
     to,
     triton_device,
 )
-from ptx_testing import read_ahead
+from ptx_testing import read_ahead, undeclared
 
 from tp_mamba.batch import MambaMetadataBuilder
 from tp_mamba.kernels.selective_state_update import selective_state_update
@@ -36,8 +36,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 def module() -> Any:
-    """The launcher's module as it is now: ``triton_device`` imports another to be interpreted."""
-    return importlib.import_module("tp_mamba.kernels.selective_state_update.any")
+    """The kernel's module as the op has it now: ``triton_device`` imports another to be interpreted."""
+    return importlib.import_module("tp_mamba.kernels.selective_state_update.mixer")
 
 
 def make(
@@ -108,7 +108,7 @@ def test_bits_are_those_of_the_general_kernel(
         inputs["state_batch_indices"][1::4] = -1
     before = inputs["state"].clone()
     out, state = run(inputs, device)
-    monkeypatch.setattr(module(), "rows_launch", lambda *tensors: None)
+    monkeypatch.setattr(module(), "strides_if_served", lambda call: None)
     expected_out, expected_state = run(inputs, device)
     assert torch.equal(out, expected_out)
     assert torch.equal(state, expected_state)
@@ -139,13 +139,15 @@ def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any], pdl: bool = 
     """Which kernel the Triton path would launch for a call on a Hopper GPU: its name, itself and the launch."""
     import tp_mamba.kernels.common.dependent_launch as dependent
     import tp_mamba.kernels.selective_state_update as op
-    import tp_mamba.kernels.selective_state_update.any as module
+    from tp_mamba.kernels.selective_state_update import any as any_layout
+    from tp_mamba.kernels.selective_state_update import mixer
 
-    launches = {name: Launches() for name in ("state_update_rows_kernel", "_selective_state_update_kernel")}
-    kernels = {name: getattr(module, name) for name in launches}
+    homes = {"state_update_rows_kernel": mixer, "_selective_state_update_kernel": any_layout}
+    launches = {name: Launches() for name in homes}
+    kernels = {name: getattr(home, name) for name, home in homes.items()}
     with monkeypatch.context() as patch:
-        for name in launches:
-            patch.setattr(module, name, launches[name])
+        for name, home in homes.items():
+            patch.setattr(home, name, launches[name])
         patch.setattr(op, "use_triton", lambda x: True)
         patch.setattr(dependent, "has_dependent_launch", lambda device: pdl)
         selective_state_update(**inputs)
@@ -234,6 +236,7 @@ def test_one_compilation_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(keys) == 1
 
 
+@pytest.mark.pinned_toolchain
 @pytest.mark.parametrize(
     ("channels", "n", "softplus", "slots", "most"),
     [
@@ -279,10 +282,11 @@ def test_machine_code(
 
 
 def test_early_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only weights and slots are read before the kernel ahead has ended; without it, no such instruction."""
+    """Only static operands are read before the previous kernel has ended; without it, no such instruction."""
     inputs = make(2, 256, 4)
     compiled = compile_as_launched(*record(monkeypatch, inputs)[1:])
-    assert read_ahead(compiled) == {"A_ptr", "D_ptr", "bias_ptr", "slot_ptr"}
+    assert not undeclared(compiled, "tp_mamba::selective_state_update")
+    assert read_ahead(compiled) == {"A_ptr", "D_ptr", "dt_bias_ptr", "state_batch_indices_ptr"}
     compiled = compile_as_launched(*record(monkeypatch, inputs, pdl=False)[1:])
     assert not compiled.metadata.launch_pdl
     assert "griddepcontrol" not in compiled.asm["ptx"]
