@@ -14,7 +14,7 @@ from tp_mamba.batch import MambaMetadataBuilder
 from tp_mamba.kernels.common.static_operands import STATIC_OPERANDS, declare_static_operands
 from tp_mamba.kernels.rms_norm import add_rms_norm
 from tp_mamba.mixer import MambaMixer
-from tp_mamba.state.store import MambaCache
+from tp_mamba.state.cache import MambaCache
 
 
 def test_a_written_or_unknown_argument_is_refused() -> None:
