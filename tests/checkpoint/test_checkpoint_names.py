@@ -191,6 +191,15 @@ def test_one_mixer_of_a_wrapped_model(prefix, changed):
     assert torch.equal(mixer.D, tensors[f"{MIXER}.D"])
 
 
+def test_one_mixer_of_a_model_that_is_no_family_s(changed):
+    """A hybrid's, whose config.json names a model type that nothing here builds."""
+    folder, tensors = changed(dict)
+    (folder / "config.json").write_text(json.dumps({"model_type": "hybrid"}))
+    mixer = build_mixer(odd_config())
+    load_mixer(mixer, folder, "model.layers.1.mixer")
+    assert torch.equal(mixer.D, tensors[f"{MIXER}.D"])
+
+
 def test_common_prefixes():
     assert list(common_prefixes(["a.b.c", "a.b.d"])) == ["", "a.", "a.b."]
     assert list(common_prefixes(["a.b.c", "a.bc"])) == ["", "a."]

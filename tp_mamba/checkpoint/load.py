@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
 import torch
 
 from tp_mamba.checkpoint.config import read_family
-from tp_mamba.checkpoint.errors import CheckpointError
-from tp_mamba.checkpoint.files import CONFIG
+from tp_mamba.checkpoint.errors import CheckpointError, ConfigError
 from tp_mamba.checkpoint.matching import BASE_GROUP, Entry, Matching, match, verify_tied
 from tp_mamba.checkpoint.names import Naming, common_prefixes
 from tp_mamba.checkpoint.progress import Progress
@@ -18,7 +18,7 @@ from tp_mamba.checkpoint.sources.open import open_source
 from tp_mamba.checkpoint.sources.shards import local_shape
 from tp_mamba.mixer import MambaMixer
 from tp_mamba.models.base import CausalLM
-from tp_mamba.models.registry import families, get_family
+from tp_mamba.models.registry import Family, families, get_family
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.parallel.sharding import sharded_tensors
 from tp_mamba.quoting import shown, shown_path
@@ -101,9 +101,13 @@ def load_mixer_rank(mixer: MambaMixer, folder: str | Path, prefix: str) -> Tenso
 def _mixer_names(source: TensorSource, folder: Path, prefix: str) -> tuple[Naming, str, list[str]]:
     """How to read the names of ``source``, the name of the mixer at ``prefix`` here, and its tensors there.
 
-    A folder without a config.json may be any family's.
+    A folder whose config.json does not say may be any family's: that of a model with other layers beside its mixers,
+    which cannot be built here, is a place to take one mixer from all the same.
     """
-    known = (read_family(folder),) if (folder / CONFIG).is_file() else families()
+    try:
+        known: Sequence[Family] = [read_family(folder)]
+    except ConfigError:
+        known = families()
     for family in known:
         for in_front in common_prefixes(source.names()):
             naming = Naming(family, in_front, source.names_are_ours)
