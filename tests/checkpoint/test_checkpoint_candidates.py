@@ -103,6 +103,13 @@ class TestShards:
             open_source(shards).read_all("backbone.norm_f.weight"), tensors["backbone.norm_f.weight"]
         )
 
+    def test_transformers_saves_over_them(self, shards, tmp_path):
+        """It removes the files, whose names look like its own, and leaves the manifest."""
+        HFModel.from_pretrained(tmp_path / "origin").save_pretrained(shards)
+        assert (shards / "tp_mamba_shards.json").is_file()
+        assert find_weights(shards).files == (shards / "model.safetensors",)
+        MambaForCausalLM.from_pretrained(shards)
+
     def test_saving_over_them_leaves_one_checkpoint(self, shards):
         MambaForCausalLM.from_pretrained(shards).save_pretrained(shards)
         assert sorted(os.listdir(shards)) == ["config.json", "model.safetensors"]
