@@ -23,6 +23,8 @@ class Output:
 
     prompts: list[str]
     speaks: bool
+    echo: bool = True
+    """Print a prompt before its text."""
     started: float = field(default_factory=time.perf_counter)
     first: float | None = None
     last: float = 0.0
@@ -39,7 +41,7 @@ class Output:
 
     def follow(self, events: Iterable[TokenEvent]) -> None:
         """Take every event, in order; an error on the way finds the line of text ended."""
-        if self.speaks and len(self.prompts) == 1:
+        if self.speaks and self.echo and len(self.prompts) == 1:
             write_generated(self.prompts[0])
         try:
             for event in events:
@@ -63,11 +65,11 @@ class Output:
         if len(self.prompts) == 1:
             write_generated((event.text or "") + ("\n" if event.finish_reason else ""))
         elif event.finish_reason:
-            text = self.prompts[event.index] + "".join(self.pieces[event.index])
+            text = (self.prompts[event.index] if self.echo else "") + "".join(self.pieces[event.index])
             write_generated(f"[{event.index + 1}] {text}\n\n")
 
     def results(self) -> list[dict[str, Any]]:
-        """One entry a prompt, in the order given."""
+        """One entry per prompt, in the order given."""
         columns = zip(self.prompts, self.pieces, self.token_ids, self.reasons, strict=True)
         return [
             {"prompt": prompt, "text": "".join(pieces), "token_ids": ids, "finish_reason": reason}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tp_mamba.engine.params import SamplingParams
@@ -11,11 +12,12 @@ from tp_mamba.launch.arguments import (
     DTYPES,
     add_checkpoint,
     add_device,
+    positive_int,
     rank_count,
     sampling,
     torch_dtype,
 )
-from tp_mamba.launch.console import facts, human_bytes, print_json, progress_bar, show
+from tp_mamba.launch.console import facts, human_bytes, print_json, progress_bar, show, tell
 from tp_mamba.launch.output import Output
 from tp_mamba.launch.prompts import check_prompt_arguments, read_prompts, share_prompts
 from tp_mamba.launch.ranks.failures import under_torchrun
@@ -28,6 +30,7 @@ from tp_mamba.launch.ranks.start import (
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from tokenizers import Tokenizer
 
     from tp_mamba.model import MambaForCausalLM
     from tp_mamba.parallel.group import TensorParallel
@@ -39,6 +42,7 @@ EXAMPLES = """\
   tp-mamba generate state-spaces/mamba-130m-hf --tp auto --dtype bfloat16 --prompt "The sea"
   tp-mamba generate ./mamba-130m-hf --tp 2 --temperature 0.8 --top-p 0.95 --seed 7 --prompt "The sea"
   tp-mamba generate ./mamba-130m-hf --prompt "The sea" --prompt "The land" --max-new-tokens 32
+  tp-mamba generate ./falcon-mamba-7b-instruct --chat --prompt "Why is the sea salty?"
   echo "The sea" | tp-mamba generate ./mamba-130m-hf --prompt - --json
   torchrun --nproc-per-node 2 -m tp_mamba.launch generate ./mamba-130m-hf --prompt "The sea"
 """
@@ -65,6 +69,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         metavar="PATH_OR_NAME",
         help="where tokenizer.json is, if it is not with the checkpoint",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="each prompt is what a user says: put it into the checkpoint's chat template, and print the answer alone",
+    )
+    parser.add_argument(
+        "--max-batch-size",
+        type=positive_int,
+        metavar="N",
+        help="prompts that run at a time, the others wait (default: all, or as many as fit in half of the free memory)",
     )
     ranks = parser.add_argument_group("ranks")
     ranks.add_argument(
@@ -131,19 +146,30 @@ def prepare(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     """Load this rank's part of the model and generate; rank 0 prints."""
     from tp_mamba.engine.generate import stream
+    from tp_mamba.launch.agreement import agree_on_arguments, agree_on_weights
     from tp_mamba.model import MambaForCausalLM
-    from tp_mamba.text.tokenizer import load_tokenizer
 
+    agree_on_arguments(
+        tp, args, (*SamplingParams.__dataclass_fields__, "dtype", "device", "chat", "max_batch_size")
+    )
     prompts = args.prompts or share_prompts(args.prompt, args.prompt_file, tp)
-    tokenizer = load_tokenizer(args.tokenizer or args.checkpoint, tp)
-    prompt_ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+    prompt_ids, tokenizer = encode(prompts, args.tokenizer or args.checkpoint, tp, chat=args.chat)
     with progress_bar(tp.rank == 0) as progress:
         model = MambaForCausalLM.from_pretrained(
             args.checkpoint, tp=tp, dtype=torch_dtype(args.dtype), device=tp.device, progress=progress
         )
+    agree_on_weights(tp, model)
     speaks = tp.rank == 0 and not args.json
-    output = Output(prompts, speaks)
-    output.follow(stream(model, prompt_ids, args.params, tokenizer))
+    output = Output(prompts, speaks, echo=not args.chat)
+    events = stream(model, prompt_ids, args.params, tokenizer, max_batch_size=args.max_batch_size)
+    if tp.rank == 0 and args.max_batch_size is None and events.max_batch_size < len(prompts):
+        tell(
+            args.verb,
+            "note",
+            f"{events.max_batch_size} of {len(prompts)} prompts run at a time, as many as fit in half of the free "
+            "memory; --max-batch-size N sets another number",
+        )
+    output.follow(events)
     report = {**describe(model), "prompt_tokens": sum(map(len, prompt_ids)), **output.timing()}
     if speaks:
         show(_summary(report))
@@ -152,6 +178,22 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     if output.errors:
         raise RuntimeError("; ".join(output.errors))
     return 0
+
+
+def encode(
+    prompts: Sequence[str], folder_or_name: str, tp: TensorParallel, *, chat: bool
+) -> tuple[list[list[int]], Tokenizer]:
+    """The prompts' token ids, as a conversation's first turn if ``chat``, and the tokenizer that made them."""
+    from tp_mamba.text.chat import load_chat_template
+    from tp_mamba.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(folder_or_name, tp)
+    if not chat:
+        return [tokenizer.encode(prompt).ids for prompt in prompts], tokenizer
+    template = load_chat_template(folder_or_name, tp)
+    turns = [template.render([{"role": "user", "content": prompt}]) for prompt in prompts]
+    # The template has written the special tokens.
+    return [tokenizer.encode(turn, add_special_tokens=False).ids for turn in turns], tokenizer
 
 
 def describe(model: MambaForCausalLM) -> dict[str, Any]:

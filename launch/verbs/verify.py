@@ -6,12 +6,13 @@ import argparse
 import json
 import math
 import tempfile
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tp_mamba.launch.arguments import add_checkpoint, add_device, positive_int, rank_counts, tolerance
-from tp_mamba.launch.console import print_json, show, table
+from tp_mamba.launch.console import human_bytes, print_json, show, table, tell
 from tp_mamba.launch.prompts import read_prompts, share_prompts
 from tp_mamba.launch.ranks.failures import UsageError, under_torchrun
 from tp_mamba.launch.ranks.start import (
@@ -37,6 +38,12 @@ EXAMPLES = """\
   torchrun --nproc-per-node 4 -m tp_mamba.launch verify ./mamba-130m-hf
 """
 
+LEAST_TOLERANCE = 4e-6
+"""A reference may be nearer to float64 than float32 promises: some thirty roundings of float32 are no error."""
+
+FIXED_TOLERANCE = 1e-4
+"""Where float64 does not fit into memory; models of some 24 layers with random weights may need more."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
@@ -53,14 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "transformers", "single"),
         default="auto",
         help="what to compare with: one full forward of transformers on a CPU, or one rank (default: "
-        "transformers if it is installed and can read the checkpoint)",
+        "transformers if it is installed and reads the checkpoint whole)",
     )
     parser.add_argument(
         "--tolerance",
         type=tolerance,
-        default=1e-4,
         metavar="X",
-        help="largest error allowed, of the largest logit (default 1e-4)",
+        help="largest error allowed, of the largest logit (default: twice the float32 error of what is compared with)",
     )
     parser.add_argument(
         "--tokens", type=positive_int, metavar="N", help="length of the random input (default 64)"
@@ -136,8 +142,8 @@ def _choose_reference(against: str, folder: Path) -> str:
     return "transformers"
 
 
-def input_ids(args: argparse.Namespace) -> torch.Tensor:
-    """The compared input ``[1, L]``: the prompt's ids, or seeded random ones, the same on every rank."""
+def input_ids(args: argparse.Namespace) -> list[int]:
+    """The compared input: the prompt's ids, or seeded random ones."""
     import torch
 
     from tp_mamba.config import MambaConfig
@@ -147,23 +153,24 @@ def input_ids(args: argparse.Namespace) -> torch.Tensor:
         ids = load_tokenizer(args.tokenizer or args.checkpoint).encode(args.prompt).ids
         if not ids:
             raise ValueError("--prompt gives no tokens: give it at least one character")
-        return torch.tensor([ids])
+        return ids
     config = MambaConfig.from_pretrained(args.checkpoint)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(
-        config.usable_vocab_size or config.vocab_size, (1, args.tokens or 64), generator=generator
-    )
+    size = config.usable_vocab_size or config.vocab_size
+    return torch.randint(size, (args.tokens or 64,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def our_logits(args: argparse.Namespace, tp: TensorParallel) -> torch.Tensor:
-    """Float32 logits ``[L, V]`` on the CPU; every rank calls this."""
+def our_logits(args: argparse.Namespace, tp: TensorParallel, dtype: torch.dtype) -> torch.Tensor:
+    """Logits ``[L, V]`` in float64 on the CPU, computed in ``dtype``; every rank calls this."""
     import torch
 
+    from tp_mamba.launch.agreement import agree_on_arguments, agree_on_weights
     from tp_mamba.model import MambaForCausalLM
 
-    model = MambaForCausalLM.from_pretrained(args.checkpoint, tp=tp, dtype=torch.float32, device=tp.device)
+    agree_on_arguments(tp, args, ("tokens", "device"))
+    model = MambaForCausalLM.from_pretrained(args.checkpoint, tp=tp, dtype=dtype, device=tp.device)
+    agree_on_weights(tp, model)
     with torch.inference_mode():
-        return model(input_ids(args))[0].cpu()
+        return model(torch.tensor([args.ids]).to(tp.device))[0].cpu().double()
 
 
 def rank_logits(args: argparse.Namespace, out: str) -> None:
@@ -171,35 +178,107 @@ def rank_logits(args: argparse.Namespace, out: str) -> None:
     import torch
 
     tp = make_tensor_parallel(args.device, args.backend)
-    logits = our_logits(args, tp)
+    logits = our_logits(args, tp, torch.float32)
     if tp.rank == 0:
         torch.save(logits, out)
 
 
-def transformers_logits(args: argparse.Namespace) -> torch.Tensor:
-    """The oracle, float32 ``[L, V]``: one full forward on the CPU, without a cache.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """What logits are compared with, and how near to it they have to be."""
 
-    A CPU is where transformers takes its plain torch path; its own cached continuation of several tokens is
-    not a reference for Mamba-1.
+    name: str
+    """``"transformers"`` or ``"single"``."""
+    logits: torch.Tensor
+    """``[L, V]``: transformers' in float64, or one rank's in float32."""
+    own_error: float | None
+    """How far the reference's own float32 logits are from float64, of the largest logit; None if that is not known."""
+    tolerance: float
+
+
+def make_reference(args: argparse.Namespace) -> Reference:
+    """Compute what to compare with, and how exact float32 is for this model on this input.
+
+    A fixed bound would hold for some models alone: rounding grows with depth and width. So the bound is twice the
+    error that the reference itself has in float32.
+
+    Raises:
+        ValueError: ``--against transformers``, which does not load the checkpoint whole.
     """
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        return model(input_ids(args), use_cache=False).logits[0].float()
+    from tp_mamba.launch.oracle import OracleError, transformers_logits
+    from tp_mamba.parallel.group import TensorParallel
+
+    exact = None
+    knows = float64_fits(args)
+    if args.reference == "transformers":
+        try:
+            ids = torch.tensor([args.ids])
+            own = transformers_logits(args.checkpoint, ids, torch.float32).double()
+            if knows:
+                exact = transformers_logits(args.checkpoint, ids, torch.float64)
+            return _reference(args, "transformers", own if exact is None else exact, own, exact)
+        except OracleError as error:
+            if args.against == "transformers":
+                raise ValueError(f"--against transformers, but {error}: use --against single") from None
+            tell(args.verb, "note", f"{error}; compared with one rank instead")
+    own = our_logits(args, TensorParallel(device=args.device), torch.float32)
+    if knows:
+        exact = our_logits(args, TensorParallel(device="cpu"), torch.float64)
+    return _reference(args, "single", own, own, exact)
+
+
+def _reference(
+    args: argparse.Namespace, name: str, logits: torch.Tensor, own: torch.Tensor, exact: torch.Tensor | None
+) -> Reference:
+    own_error = None if exact is None else error_of(own, exact)
+    derived = (
+        FIXED_TOLERANCE if own_error is None else max(LEAST_TOLERANCE, 2 * own_error)
+    )  # in this order also for a NaN
+    bound = derived if args.tolerance is None else args.tolerance
+    return Reference(name=name, logits=logits, own_error=own_error, tolerance=bound)
+
+
+def float64_fits(args: argparse.Namespace) -> bool:
+    """Whether this host's memory holds the whole model in float64; a note says so if it does not."""
+    import torch
+
+    from tp_mamba.config import MambaConfig
+    from tp_mamba.engine.memory import free_memory
+    from tp_mamba.model import MambaForCausalLM
+    from tp_mamba.parallel.sharding import sharded_tensors
+
+    model = MambaForCausalLM(MambaConfig.from_pretrained(args.checkpoint), device="meta")
+    needed = 8 * sum(math.prod(tensor.shard.shape) for tensor in sharded_tensors(model))
+    free = free_memory(torch.device("cpu"))
+    if free is None or needed < free:
+        return True
+    tell(
+        args.verb,
+        "note",
+        f"float64 takes {human_bytes(needed)} and {human_bytes(free)} are free: compared with float32, within "
+        f"{FIXED_TOLERANCE:g}",
+    )
+    return False
+
+
+def error_of(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest difference, of the reference's largest logit."""
+    return float((logits - reference).abs().max() / reference.abs().max())
+
+
+def _finite(error: float | None) -> float | None:
+    """``error``, None for a NaN, which is within no tolerance and not valid JSON."""
+    return error if error is not None and math.isfinite(error) else None
 
 
 def compare(logits: torch.Tensor, reference: torch.Tensor, tolerance: float) -> dict[str, Any]:
     """Largest error relative to the reference's largest logit, share of equal greedy tokens, verdict."""
-    error = float((logits - reference).abs().max() / reference.abs().max())
+    error = error_of(logits, reference)
     agreement = float((logits.argmax(-1) == reference.argmax(-1)).float().mean())
-    # A NaN is within no tolerance, and not valid JSON.
     return {
-        "error": error if math.isfinite(error) else None,
+        "error": _finite(error),
         "greedy_agreement": agreement,
         "ok": error <= tolerance,
     }
@@ -207,68 +286,81 @@ def compare(logits: torch.Tensor, reference: torch.Tensor, tolerance: float) -> 
 
 def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
     """Compare every size and print the verdicts; 1 if any is above the tolerance."""
+    import torch
+
     if under_torchrun():
         tp = make_tensor_parallel(args.device, args.backend)
         if args.prompt is not None:
             (args.prompt,) = share_prompts([args.prompt], [], tp)
-        logits = our_logits(args, tp)
-        verdicts = (
-            [{"ranks": tp.size, **compare(logits, _reference(args), args.tolerance)}] if tp.rank == 0 else []
-        )
-        verdicts = tp.broadcast_object(verdicts)
+        with tp.agreed():
+            args.ids = input_ids(args) if tp.rank == 0 else []
+        args.ids = tp.broadcast_object(args.ids)
+        logits = our_logits(args, tp, torch.float32)
+        report: dict[str, Any] = {}
+        with tp.agreed():
+            if tp.rank == 0:
+                report = _report(args, make_reference(args), {tp.size: logits})
+        report = tp.broadcast_object(report)
     else:
-        reference = _reference(args)
-        verdicts = [
-            {"ranks": size, **compare(_logits_of(args, size), reference, args.tolerance)}
-            for size in args.sizes
-        ]
+        args.ids = input_ids(args)
+        reference = make_reference(args)
+        report = _report(args, reference, {size: _logits_of(args, size) for size in args.sizes})
     if tp is None or tp.rank == 0:
-        _print(args, verdicts)
-    return 0 if all(verdict["ok"] for verdict in verdicts) else 1
-
-
-def _reference(args: argparse.Namespace) -> torch.Tensor:
-    from tp_mamba.parallel.group import TensorParallel
-
-    if args.reference == "transformers":
-        return transformers_logits(args)
-    return our_logits(args, TensorParallel(device=args.device))
+        if args.json:
+            print_json(report)
+        else:
+            _print(report)
+    return 0 if report["ok"] else 1
 
 
 def _logits_of(args: argparse.Namespace, size: int) -> torch.Tensor:
     import torch
 
     if size == 1:
-        return our_logits(args, make_tensor_parallel(args.device, args.backend))
+        return our_logits(args, make_tensor_parallel(args.device, args.backend), torch.float32)
     with tempfile.TemporaryDirectory(prefix="tp-mamba-") as folder:
         out = str(Path(folder) / "logits.pt")
         start_ranks(rank_logits, args, out, size=size)
         return torch.load(out, weights_only=True)
 
 
-def _print(args: argparse.Namespace, verdicts: list[dict[str, Any]]) -> None:
-    if args.json:
-        ok = all(verdict["ok"] for verdict in verdicts)
-        print_json(
-            {
-                "checkpoint": args.checkpoint,
-                "against": args.reference,
-                "tolerance": args.tolerance,
-                "sizes": verdicts,
-                "ok": ok,
-            }
-        )
-        return
+def _report(
+    args: argparse.Namespace, reference: Reference, logits_of: dict[int, torch.Tensor]
+) -> dict[str, Any]:
+    verdicts = [
+        {"ranks": size, **compare(logits, reference.logits, reference.tolerance)}
+        for size, logits in logits_of.items()
+    ]
+    return {
+        "checkpoint": args.checkpoint,
+        "against": reference.name,
+        "reference_error": _finite(reference.own_error),
+        "tolerance": reference.tolerance,
+        "sizes": verdicts,
+        "ok": all(verdict["ok"] for verdict in verdicts),
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
     rows = [
         (
             verdict["ranks"],
-            "not a number" if verdict["error"] is None else f"{verdict['error']:.1e}",
+            _figure(verdict["error"]),
             f"{verdict['greedy_agreement']:.1%}",
             "ok" if verdict["ok"] else "FAILED",
         )
-        for verdict in verdicts
+        for verdict in report["sizes"]
     ]
-    against = "transformers" if args.reference == "transformers" else "one rank"
-    title = f"{args.checkpoint}, float32 logits against {against}, tolerance {args.tolerance:g}"
+    whose = "transformers" if report["against"] == "transformers" else "one rank"
+    exact = report["reference_error"] is not None
+    title = f"{report['checkpoint']}, float32 logits against {whose}"
+    title += " in float64" if exact and whose == "transformers" else ""
+    bound = f"tolerance {report['tolerance']:.1e}"
+    if exact:
+        bound += f"; in float32 {whose} itself is {_figure(report['reference_error'])} from float64"
     columns = ("ranks", "max error / max logit", "greedy agreement", "verdict")
-    show(title, table(columns, rows), to_stdout=True)
+    show(title, bound, table(columns, rows), to_stdout=True)
+
+
+def _figure(error: float | None) -> str:
+    return "not a number" if error is None else f"{error:.1e}"

@@ -1,0 +1,39 @@
+"""What every rank must have been given alike: torchrun's ranks on other hosts have words and files of their own."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Iterable
+
+import torch
+
+from tp_mamba.config import MambaConfig
+from tp_mamba.model import MambaForCausalLM
+from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.parallel.sharding import sharded_tensors
+
+
+def agree_on_arguments(tp: TensorParallel, args: argparse.Namespace, names: Iterable[str]) -> None:
+    """Compare the arguments ``names`` and the checkpoint's config.json over all ranks, before any weight is read.
+
+    Raises:
+        ValueError: on every rank; the sentence names the first that differs, and both values.
+    """
+    given = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    config = MambaConfig.from_pretrained(args.checkpoint)
+    tp.same_everywhere(**given, **{"config.json of the checkpoint": config})
+
+
+def agree_on_weights(tp: TensorParallel, model: MambaForCausalLM) -> None:
+    """Compare what the ranks have loaded: the weights that each holds whole, which are the norms'.
+
+    Raises:
+        ValueError: on every rank, if the checkpoints differ.
+    """
+    digest = hashlib.sha256()
+    for tensor in sharded_tensors(model):
+        if tensor.shard.dim is None:
+            whole = tensor.param.detach().cpu().contiguous()
+            digest.update(tensor.name.encode() + whole.view(torch.uint8).numpy().tobytes())
+    tp.same_everywhere(**{"the checkpoint's weights": digest.hexdigest()})
