@@ -16,8 +16,6 @@ prompt was cut (given a state that holds the inputs exactly).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tp_mamba.kernels.common.checks import (
@@ -33,15 +31,10 @@ from tp_mamba.kernels.common.checks import (
     slot_column,
     without_gaps,
 )
-from tp_mamba.kernels.common.dispatch import use_triton
-
-
-def _run(out: torch.Tensor, x: torch.Tensor, *args: Any) -> None:
-    if use_triton(x):
-        from tp_mamba.kernels.causal_conv1d.any import launch as run
-    else:
-        from tp_mamba.kernels.causal_conv1d.cpu import causal_conv1d_cpu as run
-    run(out, x, *args)
+from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
+from tp_mamba.kernels.common.limits import ACTIVATIONS, check_activation, check_conv_width
+from tp_mamba.kernels.common.remember import Form, Key, forms, key_of, remembered
+from tp_mamba.kernels.common.static_operands import declare_static_operands
 
 
 def _forward(
@@ -57,8 +50,12 @@ def _forward(
     all_initial: bool,
     pad_slot_id: int,
 ) -> None:
+    if use_triton(x):
+        from tp_mamba.kernels.causal_conv1d.any import launch as run
+    else:
+        from tp_mamba.kernels.causal_conv1d.cpu import causal_conv1d_cpu as run
     sequences = (query_start_loc, cache_indices, has_initial_state)
-    _run(out, x, weight, bias, silu, states, *sequences, all_initial, False, pad_slot_id)
+    run(out, x, weight, bias, silu, states, *sequences, all_initial, False, pad_slot_id)
 
 
 def _update(
@@ -71,7 +68,18 @@ def _update(
     conv_state_indices: torch.Tensor | None,
     pad_slot_id: int,
 ) -> None:
-    _run(out, x, weight, bias, silu, conv_state, None, conv_state_indices, None, True, True, pad_slot_id)
+    if use_triton(x):
+        from tp_mamba.kernels.causal_conv1d import mixer
+
+        if mixer.serves(out, x, weight, conv_state):
+            mixer.launch(out, x, weight, bias, silu, conv_state, conv_state_indices, pad_slot_id)
+            return
+        from tp_mamba.kernels.causal_conv1d.any import launch as run
+    else:
+        from tp_mamba.kernels.causal_conv1d.cpu import causal_conv1d_cpu as run
+    if x.dim() == 2:
+        x, out = x.unsqueeze(-1), out.unsqueeze(-1)
+    run(out, x, weight, bias, silu, conv_state, None, conv_state_indices, None, True, True, pad_slot_id)
 
 
 torch.library.define(
@@ -87,6 +95,7 @@ torch.library.define(
 )
 torch.library.impl("tp_mamba::causal_conv1d", ("cpu", "cuda"), _forward)
 torch.library.impl("tp_mamba::causal_conv1d_update", ("cpu", "cuda"), _update)
+declare_static_operands("tp_mamba::causal_conv1d_update", "weight", "bias", "conv_state_indices")
 
 
 @torch.library.register_fake("tp_mamba::causal_conv1d")
@@ -218,7 +227,9 @@ def causal_conv1d_fn(
         dtype = initial_states.dtype if initial_states is not None and not return_final_states else x.dtype
         states = x.new_empty(shape, dtype=dtype) if final_states_out is None else final_states_out
         states.zero_() if initial_states is None else states.copy_(initial_states)
-    torch.ops.tp_mamba.causal_conv1d(
+    tensors = (out, x, weight, bias, states, query_start_loc, cache_indices, has_initial_state)
+    op = _forward if calls_directly(*tensors) else torch.ops.tp_mamba.causal_conv1d
+    op(
         out,
         x,
         weight,
@@ -290,10 +301,9 @@ def causal_conv1d_update(
         )
     if out is None:
         out = _empty_rows(x, 1)
-    x_BDL, out_BDL = (x.unsqueeze(-1), out.unsqueeze(-1)) if x.dim() == 2 else (x, out)
-    torch.ops.tp_mamba.causal_conv1d_update(
-        out_BDL, x_BDL, conv_state, weight, without_gaps(bias), silu, conv_state_indices, pad_slot_id
-    )
+    direct = calls_directly(out, x, conv_state, weight, bias, conv_state_indices)
+    op = _update if direct else torch.ops.tp_mamba.causal_conv1d_update
+    op(out, x, conv_state, weight, without_gaps(bias), silu, conv_state_indices, pad_slot_id)
     return out
 
 
@@ -315,53 +325,72 @@ def _check(
     out: torch.Tensor | None,
     **states: torch.Tensor | None,
 ) -> bool:
-    """Refuse what no shape of call allows; returns whether to apply SiLU."""
-    if activation not in (None, "silu", "swish"):
-        raise ValueError(
-            f'{op}: unknown activation {activation!r}: use "silu" (or "swish", the same) or None'
-        )
-    inputs = [("x", x), ("weight", weight), ("bias", bias), ("out", out), *states.items()]
+    """Refuse what no form of call allows; returns whether to apply SiLU."""
+    if activation is not None and activation not in ACTIVATIONS:
+        check_activation(f"{op}: the call", activation)
+    keys: tuple[tuple[str, Key | None], ...] = ()
+    for name, state in states.items():
+        keys += ((name, key_of(state)),)
+    _check_forms(op, key_of(x), channel_dim, key_of(weight), key_of(bias), key_of(out), keys)
+    refuse_grad(op, (("x", x), ("weight", weight), ("bias", bias), ("out", out), *states.items()))
+    return activation is not None
+
+
+@remembered
+def _check_forms(
+    op: str,
+    x_key: Key,
+    channel_dim: int,
+    weight_key: Key,
+    bias: Key | None,
+    out_key: Key | None,
+    states: tuple[tuple[str, Key | None], ...],
+) -> None:
+    x, weight = Form(*x_key), Form(*weight_key)
+    inputs = [*forms(x=x_key, weight=weight_key, bias=bias, out=out_key), *forms(**dict(states))]
     check_floating(op, inputs)
     check_device(op, x.device, "x", inputs)
-    if weight.dim() != 2 or not 2 <= weight.shape[1] <= 4:
-        raise ValueError(f"{op}: weight has shape {list(weight.shape)}: expected [D, K] with K from 2 to 4")
+    if len(weight.shape) != 2:
+        raise ValueError(f"{op}: weight has shape {list(weight.shape)}: expected [D, K]")
     channels, width = weight.shape
+    check_conv_width(f"{op}: weight {list(weight.shape)}", width)
     if x.shape[channel_dim] != channels:
         raise ValueError(
             f"{op}: x of shape {list(x.shape)} has {x.shape[channel_dim]} channels and weight {channels}: "
             "expected the same number"
         )
-    if bias is not None and bias.shape != (channels,):
+    if bias is not None and bias[0] != (channels,):
         raise ValueError(
-            f"{op}: bias has shape {list(bias.shape)}: expected [{channels}], one value a channel"
+            f"{op}: bias has shape {list(bias[0])}: expected [{channels}], one value per channel"
         )
-    if out is not None and (out.shape != x.shape or out.dtype != x.dtype):
+    if out_key is not None and out_key[:2] != x_key[:2]:
         raise ValueError(
-            f"{op}: out is {out.dtype} {list(out.shape)}: expected the dtype and shape of x, "
+            f"{op}: out is {out_key[1]} {list(out_key[0])}: expected the dtype and shape of x, "
             f"{x.dtype} {list(x.shape)}"
         )
-    for name, state in states.items():
-        if state is not None and (
-            state.dim() != 3 or state.shape[1] != channels or state.shape[2] < width - 1
-        ):
+    for name, state in states:
+        if state is not None and (len(state[0]) != 3 or state[0][1] != channels or state[0][2] < width - 1):
             raise ValueError(
-                f"{op}: {name} has shape {list(state.shape)}: expected slots or sequences by "
+                f"{op}: {name} has shape {list(state[0])}: expected slots or sequences by "
                 f"{channels} channels by at least {width - 1} past inputs"
             )
-    refuse_grad(op, inputs)
-    return activation is not None
 
 
 def _check_sequences(op: str, name: str, index: torch.Tensor | None, length: int, x: torch.Tensor) -> None:
     """Refuse a per-sequence tensor of a wrong length, dtype or device; its values stay on the device."""
-    if index is None:
-        return
+    if index is not None:
+        _check_index(op, name, key_of(index), length, x.device)
+        if not index.is_contiguous():
+            raise ValueError(f"{op}: {name} has stride {index.stride(0)}: pass a contiguous tensor")
+
+
+@remembered
+def _check_index(op: str, name: str, key: Key, length: int, device: torch.device) -> None:
+    index = Form(*key)
     if index.shape != (length,):
         raise ValueError(f"{op}: {name} has shape {list(index.shape)}: expected [{length}]")
     if name == "has_initial_state":
         check_mask(op, name, index)
     else:
         check_indices(op, [(name, index)])
-    check_device(op, x.device, "x", [(name, index)])
-    if not index.is_contiguous():
-        raise ValueError(f"{op}: {name} has stride {index.stride(0)}: pass a contiguous tensor")
+    check_device(op, device, "x", [(name, index)])

@@ -1,17 +1,14 @@
-"""Triton kernel of the causal depthwise convolution: one launch for prefill, packed batches and decode.
+"""Triton kernel of the causal depthwise convolution for every layout: prefill, packed batches and decode in one launch.
 
 The grid holds two kinds of programs, each over a block of channels:
 
-* a *head* program for every sequence: the first ``K - 1`` tokens, which may need the sequence's state, and
-  the state itself. It alone touches its slot and reads it whole before it writes, so nothing has to be
-  ordered between programs;
-* a *body* program for every run of tokens: the tokens at least ``K - 1`` after their sequence's start, which
-  need nothing but ``x``. In a packed batch every token finds its start by bisection, on the device, so
-  neither the host nor the grid knows any length but the sum.
+* one *head* program per sequence: the first ``K - 1`` tokens, which may need the sequence's state, and the state
+  itself. It alone touches its slot and reads it whole before it writes, so nothing has to be ordered between programs;
+* one *body* program per run of tokens: the tokens at least ``K - 1`` after their sequence's start, which need nothing
+  but ``x``. In a packed batch every token finds its start by bisection, on the device, so neither the host nor the grid
+  knows any length but the sum.
 
-Both call :func:`convolve`, so a token's bits do not depend on which kind computed it.
-
-One token a row in a mixer's layout has a kernel of its own, ``causal_conv1d_step_triton``.
+One token per row in a mixer's layout has a kernel of its own, in ``mixer.py``.
 """
 
 # ruff: noqa: RUF005 (Triton does not parse starred elements of a tuple)
@@ -23,14 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tp_mamba.kernels.causal_conv1d.mixer import (
-    convolve,
-    is_packed,
-    launch_step,
-    load_taps,
-    takes_step,
-)
-from tp_mamba.kernels.common.integers import cdiv, next_power_of_2
+from tp_mamba.kernels.causal_conv1d.launch import sequences_plan
+from tp_mamba.kernels.causal_conv1d.taps import convolve, is_packed, load_taps
+from tp_mamba.kernels.common.integers import cdiv
 
 
 @triton.jit
@@ -157,9 +149,9 @@ def _walk(
     x_stride_t: tl.constexpr, out_stride_t: tl.constexpr, weight_stride_d, weight_stride_k,
     K: tl.constexpr, PACKED: tl.constexpr, SILU: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """``count`` tokens from first on, a group at a time; the next one on its way; a thread keeps the last K - 1 inputs.
+    """``count`` tokens from first on, one group at a time, the next one in flight, the last K - 1 inputs kept.
 
-    Every token is read once, but in a group that holds a start or an end: there K times, to keep the code small.
+    Every token is read once, but K times in a group that holds a start or an end, to keep the code small.
     x_ptr and out_ptr point at token ``first``, and tokens count from there.
     """
     # x before the weights: what is waited for first is asked for first.
@@ -169,7 +161,7 @@ def _walk(
     window = ()
     for k in tl.static_range(K - 1):
         window = window + (before[k].to(tl.float32),)
-    # The bisection, load after load, while x is on its way.
+    # The bisection, load after load, while x is in flight.
     start, stop = _owner_from(first, 0, count, starts_ptr, num_seqs, rounds, length, K)
     for j in range(tl.cdiv(count, GROUP)):
         t = j * GROUP
@@ -247,11 +239,11 @@ _VARYING = ["length", "num_seqs", "rounds", "num_heads", "runs", "run_tokens", "
     do_not_specialize_on_alignment=["starts_ptr", "slots_ptr", "initial_ptr"],
 )
 def _causal_conv1d_kernel(
-    out_ptr,  # [B, D, L] or [1, D, T], written
-    x_ptr,  # like out, read
-    weight_ptr,  # [D, K], read
-    bias_ptr,  # [D] or None, read
-    states_ptr,  # [slots, D, STATE_LEN] or None, read and written
+    out_ptr,  # [B, D, L] or [1, D, T], out
+    x_ptr,  # like out, in
+    weight_ptr,  # [D, K], in
+    bias_ptr,  # [D], in; or None
+    states_ptr,  # [slots, D, STATE_LEN], in and out; or None
     starts_ptr,  # [S + 1] integers: packed batch; None: dense batch
     slots_ptr,  # [S] integers or None: slot s is sequence s
     initial_ptr,  # [S] bool or None
@@ -322,28 +314,6 @@ def _causal_conv1d_kernel(
             )  # fmt: skip
 
 
-# 512 channels are 8 bytes of bf16 a thread. A launch without bodies waits for memory, not for bandwidth, and wants more
-# programs.
-TOKEN_MAJOR = {"BLOCK_T": 8, "BLOCK_D": 512}
-TOKEN_MAJOR_HEADS_ONLY = {"BLOCK_T": 8, "BLOCK_D": 128}
-CHANNEL_MAJOR = {"BLOCK_T": 64, "BLOCK_D": 32}
-
-_SHORT_RUN, _LONG_RUN = 2, 4
-"""Groups of BLOCK_T tokens a program walks. Each program reads K - 1 inputs before its own, and waits for its first."""
-_FEW_PROGRAMS = 2048
-"""Some four waves of them. With fewer, long runs; with more, others compute while one waits, and short runs are up to
-2 % faster."""
-
-
-def tokens_a_run(tokens: int, blocks_d: int, block_t: int, by_rows: bool) -> int:
-    """How many of ``tokens`` a body program takes, for ``blocks_d`` blocks of channels. Results do not depend on it."""
-    if not by_rows:
-        return block_t
-    longest = block_t * _LONG_RUN
-    few = cdiv(tokens, longest) * blocks_d <= _FEW_PROGRAMS
-    return longest if few else block_t * _SHORT_RUN
-
-
 def launch(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -364,31 +334,19 @@ def launch(
         all_initial: every sequence starts from its slot (``has_initial_state`` is then None).
         zero_null: sequences whose slot is ``pad_slot_id`` give zeros; otherwise they start from zeros.
     """
-    if query_start_loc is not None:
-        # A batch of one, whose stride must not vary with T.
-        x, out = (
-            x.as_strided((1, *x.shape), (0, *x.stride())),
-            out.as_strided((1, *x.shape), (0, *out.stride())),
-        )
-    elif zero_null and states is not None and takes_step(out, x, weight, states):
-        launch_step(out, x, weight, bias, silu, states, cache_indices, pad_slot_id)
-        return
-    batch, channels, length = x.shape
     width = weight.shape[1]
-    num_seqs = batch if query_start_loc is None else query_start_loc.shape[0] - 1
     if query_start_loc is None:
-        head, has_body = min(length, width - 1), length > width - 1
-    else:
-        head, has_body = width - 1, length > 0
-    blocks = TOKEN_MAJOR if has_body else TOKEN_MAJOR_HEADS_ONLY
-    by_rows = x.stride(1) == 1
-    if not by_rows:
-        blocks = CHANNEL_MAJOR
-    block_t, block_d = blocks["BLOCK_T"], blocks["BLOCK_D"]
-    block_d = min(block_d, next_power_of_2(channels))
-    blocks_d = cdiv(channels, block_d)
-    run_tokens = tokens_a_run(batch * length, blocks_d, block_t, by_rows)
-    runs = cdiv(length, run_tokens) if has_body else 0
+        batch, channels, length = x.shape
+        num_seqs, head, has_body = batch, min(length, width - 1), length > width - 1
+        x_strides, out_strides = x.stride(), out.stride()
+    else:  # a batch of one, whose stride must not vary with T
+        batch, (channels, length) = 1, x.shape
+        num_seqs, head, has_body = query_start_loc.shape[0] - 1, width - 1, length > 0
+        x_strides, out_strides = (0, *x.stride()), (0, *out.stride())
+    by_rows = x_strides[1] == 1
+    plan = sequences_plan(batch * length, channels, has_body, by_rows)
+    blocks_d = cdiv(channels, plan.BLOCK_D)
+    runs = cdiv(length, plan.run_tokens) if has_body else 0
     num_heads = num_seqs if head > 0 else 0
     programs = (num_heads + batch * runs) * blocks_d
     if programs == 0:
@@ -397,13 +355,13 @@ def launch(
     with torch.cuda.device_of(x):
         _causal_conv1d_kernel[(programs,)](
             out, x, weight, bias, states, query_start_loc, cache_indices, has_initial_state,
-            length, num_seqs, (num_seqs + 1).bit_length(), num_heads, max(runs, 1), run_tokens, pad_slot_id,
-            *x.stride()[:2], *out.stride()[:2], *weight.stride(),
+            length, num_seqs, (num_seqs + 1).bit_length(), num_heads, max(runs, 1), plan.run_tokens, pad_slot_id,
+            *x_strides[:2], *out_strides[:2], *weight.stride(),
             *((0, 0, 0) if states is None else states.stride()),
-            D=channels, x_stride_t=x.stride(2), out_stride_t=out.stride(2),
+            D=channels, x_stride_t=x_strides[2], out_stride_t=out_strides[2],
             K=width, HEAD=head, STATE_LEN=state_len,
-            X_UNIT=by_rows, OUT_UNIT=out.stride(1) == 1,
+            X_UNIT=by_rows, OUT_UNIT=out_strides[1] == 1,
             STATES_UNIT=states is not None and states.stride(1) == 1,
             ALL_INITIAL=all_initial, ZERO_NULL=zero_null, PACKED=is_packed(weight), SILU=silu,
-            BLOCK_T=block_t, BLOCK_D=block_d, num_warps=4,
+            BLOCK_T=plan.BLOCK_T, BLOCK_D=plan.BLOCK_D, num_warps=plan.num_warps,
         )  # fmt: skip

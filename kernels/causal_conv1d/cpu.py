@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from tp_mamba.kernels.common.dtypes import wide_dtype
+
 _BLOCK_ELEMENTS = 3 << 17  # of the output at a time: 1.5 MiB of float32
 
 
@@ -30,8 +32,8 @@ def causal_conv1d_cpu(
     zero_null: bool,
     pad_slot_id: int,
 ) -> None:
-    """Same contract as ``causal_conv1d_triton.launch``; float64 inside for float64 input, else float32."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    """Same contract as ``any.launch``; float64 inside for float64 input, else float32."""
+    dtype = wide_dtype(x.dtype)
     filters = (weight.t().to(dtype), None if bias is None else bias.to(dtype), silu)
     past = None if states is None else states.transpose(1, 2)
     x, out = x.transpose(-2, -1), out.transpose(-2, -1)

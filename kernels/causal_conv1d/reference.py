@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from tp_mamba.kernels.common.dtypes import wide_dtype
+
 
 def causal_conv1d_reference(
     x: torch.Tensor,
@@ -68,7 +70,7 @@ def _sequence(
     initial: bool,
 ) -> None:
     """One sequence into ``out_DL``, from ``state [D, state_len]`` if ``initial``, else from zeros; advances it."""
-    dtype = torch.float64 if x_DL.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(x_DL.dtype)
     (D, K), L = weight_DK.shape, x_DL.shape[1]
     state_len = K - 1 if state is None else state.shape[1]
     past = (

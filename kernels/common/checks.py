@@ -83,7 +83,7 @@ def check_dtype(op: str, what: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{op}: {what} {dtype}: use float32, bfloat16, float16 or float64")
 
 
-def check_indices(op: str, tensors: Sequence[Named]) -> None:
+def check_indices(op: str, tensors: NamedOperands) -> None:
     """Raise ValueError for slot or offset tensors that are not int32 or int64."""
     for name, tensor in tensors:
         if tensor is not None and tensor.dtype not in INTEGERS:
@@ -118,7 +118,7 @@ def without_gaps(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def check_mask(op: str, name: str, tensor: torch.Tensor | None) -> None:
+def check_mask(op: str, name: str, tensor: Operand | None) -> None:
     """Raise ValueError for a mask that is not bool."""
     if tensor is not None and tensor.dtype != torch.bool:
         raise ValueError(f"{op}: {name} has dtype {tensor.dtype} but must be bool; convert it")
@@ -142,7 +142,7 @@ def not_supported(op: str, **remedies: str) -> Callable[[Callable[P, R]], Callab
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            for name in remedies:
+            for name in remedies if kwargs else ():
                 if name in kwargs and kwargs.pop(name) is not None:
                     raise ValueError(f"{op}: {name} is not supported; {remedies[name]}")
             return function(*args, **kwargs)

@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from causal_conv1d_testing import double, randn, starts_of, token_major, weights
 from conv_norm_testing import CPU, CUDA, INTERPRETER, assert_as_good, assert_same, poison, run_on
-from kernel_testing import Launches, compile_as_launched, registers, specialization, stack_bytes
 
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from tp_mamba.kernels.causal_conv1d.reference import causal_conv1d_reference, causal_conv1d_update_reference
 
 EVERYWHERE = [CPU, INTERPRETER, CUDA]
 DTYPES = [torch.float32, torch.bfloat16]
-BATCHES = ((1,), (5, 8), (16,), (1, 1, 1), (17, 64, 0, 100), (3,) * 16, (40_000,))
-"""Whose packed batches run the same compiled kernel. (Channel-major, the first is a row like any other.)"""
 LENGTHS = (3, 0, 1, 70, 2, 0, 9)  # across the runs of a body program, at its edges, shorter than K - 1, empty
-
-
-def randn(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=generator).mul(2).to(dtype).to(device)
-
-
-def starts_of(lengths: tuple[int, ...], device: str) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-
-
-def weights(
-    D: int, K: int, bias: bool, dtype: torch.dtype, device: str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return randn(D, K, dtype=dtype, device=device), randn(D, dtype=dtype, device=device) if bias else None
-
-
-def double(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.double()
-
-
-def token_major(T: int, D: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """[D, T] whose channels are contiguous, in rows twice as wide: the x half of in_proj's output."""
-    return randn(T, 2 * D, dtype=dtype, device=device)[:, :D].t()
 
 
 def check_packed(
@@ -296,38 +267,6 @@ def test_update_of_many_tokens(where: str) -> None:
     run_on(where, check_long_update)
 
 
-def check_new_lengths_do_not_recompile(device: str) -> None:
-    from tp_mamba.kernels.causal_conv1d.any import _causal_conv1d_kernel
-
-    D, K = 32, 4
-    weight, bias = weights(D, K, True, torch.bfloat16, device)
-    states = torch.zeros(20, D, K - 1, dtype=torch.bfloat16, device=device)
-
-    def variants() -> int:
-        return sum(len(cache[0]) for cache in _causal_conv1d_kernel.device_caches.values())
-
-    def call(lengths: tuple[int, ...], channel_major: bool) -> None:
-        x = token_major(sum(lengths), D, torch.bfloat16, device)
-        # Slices, as of the prefill part of a mixed batch: their alignment varies.
-        slots = torch.arange(20, dtype=torch.int32, device=device)[len(lengths) % 4 :][: len(lengths)]
-        causal_conv1d_fn(
-            x.contiguous() if channel_major else x, weight, bias, activation="silu",
-            query_start_loc=starts_of(lengths, device), cache_indices=slots, conv_states=states,
-        )  # fmt: skip
-
-    for channel_major in (False, True):
-        call((5, 8), channel_major)
-        before = variants()
-        for lengths in BATCHES[channel_major:]:
-            call(lengths, channel_major)
-        assert variants() == before > 0
-
-
-@pytest.mark.parametrize("where", [CUDA])
-def test_new_lengths_do_not_recompile(where: str) -> None:
-    run_on(where, check_new_lengths_do_not_recompile)
-
-
 def check_large(device: str) -> None:
     """The real width, many runs, and addresses beyond 2**31 elements of a wider tensor."""
     D, K, T = 8192, 4, 140_000
@@ -349,65 +288,6 @@ def check_large(device: str) -> None:
 @pytest.mark.parametrize("where", [CUDA])
 def test_large_tensors(where: str) -> None:
     run_on(where, check_large)
-
-
-def record(
-    monkeypatch: pytest.MonkeyPatch, x: torch.Tensor, lengths: tuple[int, ...], *, dense: bool = False
-) -> tuple[Any, Any]:
-    """What a packed batch ``x [D, T]``, or a dense one of one sequence, launches on a GPU: kernel, arguments."""
-    from tp_mamba.kernels.causal_conv1d import any as module
-
-    kernel, launches = module._causal_conv1d_kernel, Launches()
-    weight, bias = weights(x.shape[0], 4, True, x.dtype, "cpu")
-    states = torch.zeros(20, 3, x.shape[0], dtype=x.dtype).mT
-    slots = torch.arange(20, dtype=torch.int32)[len(lengths) % 4 :][: len(lengths)]
-    packed = {"query_start_loc": starts_of(lengths, "cpu"), "cache_indices": slots, "conv_states": states}
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_causal_conv1d_kernel", launches)
-        patch.setattr("tp_mamba.kernels.causal_conv1d.use_triton", lambda x: True)
-        if dense:
-            causal_conv1d_fn(x[None], weight, bias, activation="silu")
-        else:
-            causal_conv1d_fn(x, weight, bias, activation="silu", **packed)
-    (call,) = launches.calls
-    return kernel, call
-
-
-def test_no_length_compiles_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    for channel_major in (False, True):
-        keys = set()
-        for lengths in BATCHES[channel_major:]:
-            x = token_major(sum(lengths), 64, torch.bfloat16, "cpu")
-            keys.add(specialization(*record(monkeypatch, x.contiguous() if channel_major else x, lengths)))
-        assert len(keys) == 1
-
-
-@pytest.mark.parametrize(("channels", "dense"), [(8192, False), (4096, True), (16 * 513, False)])
-def test_prompts_compile_for_sm90_vectorised_without_spills(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, channels: int, dense: bool
-) -> None:
-    x = torch.empty(16, 2 * channels, dtype=torch.bfloat16)[:, :channels].t()
-    compiled = compile_as_launched(*record(monkeypatch, x, (16,), dense=dense))
-    assert stack_bytes(compiled, tmp_path) == 0
-    assert compiled.metadata.shared == 0
-    ptx = compiled.asm["ptx"]
-    assert not re.search(r"(ld|st)\.shared|shfl", ptx)
-    # Four channels a thread, their weights in two loads, for heads and for bodies; four programs a multiprocessor.
-    assert set(re.findall(r"st\.global\S*", ptx)) == {"st.global.v2.b32"}
-    assert ptx.count("ld.global.v2.b64") == 2 * 2
-    assert not re.search(r"ld\.global\.b16", ptx)
-    assert registers(compiled, tmp_path) <= 128
-
-
-def test_run_length() -> None:
-    """One wave or a few of long runs, short ones from where many programs wait beside each other."""
-    from tp_mamba.kernels.causal_conv1d.any import tokens_a_run
-
-    assert [tokens_a_run(tokens, 16, 8, True) for tokens in (1, 2048, 4096, 4097, 8192, 2**31)] == [
-        32, 32, 32, 16, 16, 16,
-    ]  # fmt: skip
-    assert tokens_a_run(8192, 8, 8, True) == 32
-    assert tokens_a_run(8192, 256, 64, False) == 64
 
 
 def test_float64_is_computed_in_float64() -> None:

@@ -18,8 +18,11 @@ STATES = torch.zeros(3, 6, 3)
     ("arguments", "message"),
     [
         ({"seq_idx": torch.zeros(2, 9)}, r"seq_idx is not supported: .* as query_start_loc"),
-        ({"activation": "gelu"}, r"unknown activation 'gelu': use \"silu\""),
-        ({"weight": torch.zeros(6, 5)}, r"weight has shape \[6, 5\]: expected \[D, K\] with K from 2 to 4"),
+        ({"activation": "gelu"}, r"the unknown activation 'gelu'; use \"silu\""),
+        (
+            {"weight": torch.zeros(6, 5)},
+            r"weight \[6, 5\] has a convolution width K of 5 but K must be 2 to 4",
+        ),
         ({"weight": torch.zeros(6, 1, 4)}, r"weight has shape \[6, 1, 4\]"),
         ({"weight": torch.zeros(7, 4)}, r"has 6 channels and weight 7"),
         ({"weight": W.long()}, r"weight has dtype torch.int64"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -55,15 +56,15 @@ def update(
     inputs: dict[str, Any], activation: str | None, *, step: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, states after it) of one of the two kernels, into memory full of NaN; ``inputs`` stay as they are."""
-    from tp_mamba.kernels.causal_conv1d import any as module
+    from tp_mamba.kernels.causal_conv1d import mixer as module
 
     states = inputs["conv_state"].mT.clone().mT
     out = poison(torch.empty(inputs["x"].shape, dtype=inputs["x"].dtype, device=inputs["x"].device))
-    launch_step = mock.Mock(side_effect=module.launch_step)
-    takes_step = module.takes_step if step else lambda *_: False
-    with mock.patch.multiple(module, launch_step=launch_step, takes_step=takes_step):
+    launch = mock.Mock(side_effect=module.launch)
+    serves = module.serves if step else lambda *_: False
+    with mock.patch.multiple(module, launch=launch, serves=serves):
         causal_conv1d_update(**(inputs | {"conv_state": states}), activation=activation, out=out)
-    assert launch_step.call_count == step
+    assert launch.call_count == step
     return out, states
 
 
@@ -92,7 +93,7 @@ def check_rows_a_program(device: str) -> None:
         if not has_slots:
             inputs["x"].nan_to_num_(1.0)
             inputs["conv_state_indices"] = None
-        with mock.patch.object(module, "ROWS", rows):
+        with mock.patch.object(module, "STEP", replace(module.STEP, BLOCK_B=rows)):
             check_case(device, inputs, "silu")
 
 
@@ -204,6 +205,7 @@ def test_no_batch_compiles_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(keys) == 1
 
 
+@pytest.mark.pinned_toolchain
 def test_compiles_for_sm90_without_exchange_or_spill(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiled = compile_as_launched(*record(monkeypatch, make(8, 8192, 4, True, torch.bfloat16)))
     assert stack_bytes(compiled, tmp_path) == 0
