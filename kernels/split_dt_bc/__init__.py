@@ -122,7 +122,8 @@ def split_dt_bc(
     refuse_grad(_OP, (("x", x), ("dt_weight", dt_weight), ("b_weight", b_weight), ("c_weight", c_weight)))
     op = _split_dt_bc if calls_directly(x, dt_weight, b_weight, c_weight) else torch.ops.tp_mamba.split_dt_bc
     dt, bc = op(x, R, N, dt_weight, b_weight, c_weight, eps, dt_dtype)
-    return dt, *torch.split_with_sizes(bc, (N, N), 1)
+    B, C = torch.split_with_sizes(bc, (N, N), 1)
+    return dt, B, C
 
 
 @remembered
