@@ -9,17 +9,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-# One function, renamed in torch 2.13, where the older name warns.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
+from tp_mamba.parallel.communicate import Communicator
+from tp_mamba.parallel.environment import backend_of, join
 
 def _leave(tp: TensorParallel) -> None:
     """End the group that ``from_env`` made, unless the program has done so.
@@ -48,17 +45,22 @@ class TensorParallel:
         size: number of ranks ``n``.
         rank: this process's position in the group, ``0 <= rank < size``.
         device: where this rank computes.
+        communicator: how the ranks communicate, and how a sum over them is finished.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None = None, *, device: torch.device | str | None = None
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        device: torch.device | str | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         """Wrap ``group``; None is one rank.
 
         Args:
             group: an initialised process group this process belongs to.
-            device: where this rank computes. By default the current GPU for an NCCL group, else the CPU for
-                a group, and for no group the GPU if there is one.
+            device: where this rank computes. By default the current GPU where NCCL serves CUDA in ``group``, else the
+                CPU for a group, and for no group the GPU if there is one.             communicator: how the ranks communicate and finish sums; by default plain collectives.
 
         Raises:
             ValueError: ``group`` is no process group, or this process is not a member of it.
@@ -68,6 +70,7 @@ class TensorParallel:
                 f"got {group!r} for a process group: pass a torch.distributed.ProcessGroup, or nothing for one rank"
             )
         self.group = group
+        self.communicator = Communicator() if communicator is None else communicator
         self.size, self.rank = 1, 0
         if group is not None:
             self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
@@ -79,7 +82,7 @@ class TensorParallel:
         self.device = torch.device(device) if device is not None else self._default_device()
 
     def _default_device(self) -> torch.device:
-        if torch.cuda.is_available() and (self.group is None or dist.get_backend(self.group) == "nccl"):
+        if torch.cuda.is_available() and (self.group is None or backend_of(self.group, "cuda") == "nccl"):
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
@@ -101,52 +104,37 @@ class TensorParallel:
     def from_env(cls, backend: str | None = None, *, timeout: timedelta | None = None) -> TensorParallel:
         """All ranks that torchrun started; one rank where torchrun did not start this process.
 
-        Initialises ``torch.distributed`` if that has not been done, with NCCL where every rank of this host
-        has a GPU of its own and gloo elsewhere, and makes ``LOCAL_RANK`` the current GPU. What it initialises it
-        also ends, when the program does.
+        Initialises ``torch.distributed`` if that has not been done: with NCCL where every rank has a GPU of its own,
+        which becomes its current one, and with gloo where no rank has any. The ranks agree on it through the store
+        of the launcher. What it initialises it also ends, when the program does.
 
         Args:
             backend: ``"nccl"`` or ``"gloo"``; by default chosen as above, or what is initialised already.
-            timeout: how long a collective may wait for a rank (torch's default if None).
+            timeout: how long a rank, or a collective, may wait for the others (torch's default if None).
 
         Raises:
-            ValueError: another backend than the one that is initialised, or ``backend="nccl"`` with fewer GPUs than
-                ranks on this host.
+            ValueError: GPUs, but not one for each rank, and gloo was not asked for; ranks that ask for different
+                backends; another backend than the one that is initialised.
         """
         if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
             if backend == "nccl" and not torch.cuda.is_available():
                 raise ValueError('backend="nccl" but torch finds no GPU: use backend="gloo", or leave it out')
             return cls(device="cpu" if backend == "gloo" else None)
-        if dist.is_initialized():
-            initialized = str(dist.get_backend())
-            if backend not in (None, initialized):
-                raise ValueError(
-                    f"backend={backend!r} but torch.distributed is initialised with {initialized!r}: leave backend "
-                    "out, or do not initialise torch.distributed before"
-                )
-            backend = initialized
-        gpus = torch.cuda.device_count()
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-        if backend is None:
-            backend = "nccl" if gpus >= local_size else "gloo"
-        if backend == "nccl" and gpus < local_size:
-            raise ValueError(
-                f"{local_size} ranks on this host but {gpus} GPUs: NCCL needs a GPU for each rank; "
-                'start fewer ranks or use backend="gloo"'
-            )
-        device = torch.device("cpu")
-        if backend == "nccl":
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
         if not dist.is_initialized():
-            # device_id would create the NCCL communicator at once; it is left out so that a process that
-            # only reads a checkpoint never builds one.
-            dist.init_process_group(backend, timeout=timeout)
-            tp = cls(dist.group.WORLD, device=device)
+            place = join(backend, timeout)
+            tp = cls(
+                dist.group.WORLD, device="cpu" if place.gpu is None else torch.device("cuda", place.gpu)
+            )
             atexit.register(_leave, tp)
             return tp
-        return cls(dist.group.WORLD, device=device)
+        group = dist.group.WORLD
+        initialized = {backend_of(group, device) for device in ("cpu", "cuda")} - {None}
+        if backend is not None and backend not in initialized:
+            raise ValueError(
+                f"backend={backend!r} but torch.distributed is initialised with {' and '.join(sorted(initialized))}: "
+                "leave backend out, or do not initialise torch.distributed before"
+            )
+        return cls(group, device="cpu" if backend == "gloo" else None)
 
     @classmethod
     def virtual(cls, rank: int, size: int) -> TensorParallel:
@@ -169,18 +157,23 @@ class TensorParallel:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as rank and size, without the group: a process group is of one run of one program."""
-        return _unpickled, (self.rank, self.size, self.device)
+        return _unpickled, (self.rank, self.size, self.device, self.communicator)
 
     @property
     def backend(self) -> str:
-        """``"nccl"`` or ``"gloo"``; ``"none"`` for one rank without a group."""
-        return "none" if self.group is None else str(dist.get_backend(self.group))
+        """What serves :attr:`device`: ``"nccl"`` or ``"gloo"``; ``"none"`` for one rank without a group."""
+        return "none" if self.group is None else str(backend_of(self.group, self.device.type))
 
     def __repr__(self) -> str:
         where = f"backend={self.backend!r}, device={str(self.device)!r}"
         return f"TensorParallel(rank={self.rank}, size={self.size}, {where})"
 
-    def _require_group(self) -> dist.ProcessGroup:
+    def process_group(self) -> dist.ProcessGroup:
+        """:attr:`group`, where there is one.
+
+        Raises:
+            RuntimeError: there is none.
+        """
         if self.group is None:
             raise RuntimeError(
                 f"rank {self.rank} of {self.size} has no process group (it was made by TensorParallel.virtual, or "
@@ -191,18 +184,13 @@ class TensorParallel:
 
     def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
         """Sum ``x`` (any shape, contiguous) over the ranks, in place, and return it."""
-        if self.size > 1:
-            dist.all_reduce(x, group=self._require_group())
-        return x
+        return x if self.size == 1 else self.communicator.all_reduce_(x, self)
 
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Concatenate every rank's ``x`` (equal shapes, at least one dimension) along ``dim`` in rank order."""
         if self.size == 1:
             return x
-        group = self._require_group()
-        x = x.contiguous()
-        gathered = x.new_empty((self.size, *x.shape))
-        _all_gather_single(gathered.flatten(0, 1), x, group=group)
+        gathered = self.communicator.all_gather(x.contiguous(), self)
         if dim % x.dim() == 0:
             return gathered.flatten(0, 1)
         return torch.cat(gathered.unbind(0), dim=dim)
@@ -212,7 +200,7 @@ class TensorParallel:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._require_group())
+        dist.all_gather_object(values, value, group=self.process_group())
         return values
 
     def broadcast_object(self, value: Any) -> Any:
@@ -220,7 +208,7 @@ class TensorParallel:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, group=self._require_group(), group_src=0)
+        dist.broadcast_object_list(values, group=self.process_group(), group_src=0)
         return values[0]
 
     def agree(self, error: BaseException | None = None) -> None:
@@ -283,8 +271,8 @@ class TensorParallel:
                     )
 
 
-def _unpickled(rank: int, size: int, device: torch.device) -> TensorParallel:
-    tp = TensorParallel(device=device)
+def _unpickled(rank: int, size: int, device: torch.device, communicator: Communicator) -> TensorParallel:
+    tp = TensorParallel(device=device, communicator=communicator)
     tp.rank, tp.size = rank, size
     return tp
 
