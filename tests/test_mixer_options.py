@@ -30,10 +30,10 @@ SIZES: dict[str, Any] = {
     [
         (
             {"conv_kernel_size": 5},
-            "layer.mixer.conv1d: got a convolution width of 5, the kernels serve widths 2, 3 and 4",
+            "layer.mixer.conv1d has a convolution width K of 5 but K must be 2 to 4",
         ),
-        ({"ssm_state_size": 300}, "layer.mixer: got a state size of 300, the kernels serve 1 to 256"),
-        ({"activation": "gelu"}, "layer.mixer: unknown activation 'gelu'"),
+        ({"ssm_state_size": 300}, "layer.mixer has a state size N of 300 but N must be 1 to 256"),
+        ({"activation": "gelu"}, "layer.mixer has the unknown activation 'gelu'"),
         ({"time_step_rank": 0}, "layer.mixer: size R is 0, it must be a positive integer"),
         ({"hidden_size": 6.0}, "layer.mixer: size H is 6.0, it must be a positive integer"),
         ({"tp": 4}, "got tp=4: pass a TensorParallel"),
@@ -86,9 +86,9 @@ def test_forward_refuses(mixer: MambaMixer) -> None:
         mixer(torch.zeros(1, 6), MambaMetadataBuilder("cpu").build(decode_slots=[2]), cache.layer(0))
     with pytest.raises(RuntimeError, match="backward"):
         mixer(torch.zeros(4, 6, requires_grad=True))
-    mixer.to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"A is in torch.bfloat16 but must stay in torch.float32"):
-        mixer(torch.zeros(4, 6, dtype=torch.bfloat16))
+    mixer.A = torch.nn.Parameter(mixer.A.bfloat16(), requires_grad=False)
+    with pytest.raises(ValueError, match=r"A is in torch.bfloat16 but exp needs at least float32"):
+        mixer(torch.zeros(4, 6))
 
 
 def test_dense_and_packed_agree_with_and_without_state(mixer: MambaMixer) -> None:

@@ -122,7 +122,7 @@ def expected_steps(sizes: Sizes, batch: Batch, dtype: torch.dtype, *, triton: bo
             return Step("tp_mamba::skinny_linear", 1, wide, narrow)
         return Step("tp_mamba::skinny_linear", 2, wide, narrow + T * N * 2 * groups * 4)
 
-    steps = [Step("aten::zeros", 0, 0, 0)] if batch.dense else []  # the metadata's integers
+    steps = [Step("aten::arange", 0, 0, 0)] if batch.dense else []  # the metadata's integers
     steps += [product(2 * D, H, 2 * T * D * item, T * H * item, item)]
     for name, count in (("causal_conv1d_update", decodes), ("causal_conv1d", prefill_tokens)):
         steps += [Step(f"tp_mamba::{name}", launch, 2 * count * D * item, 0)] if count else []

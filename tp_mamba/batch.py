@@ -30,8 +30,8 @@ _ALIGNMENT = 16
 class MambaMetadata:
     """The make-up of one packed batch, with ``S = num_padded_decodes + num_prefills`` rows.
 
-    Counts are host integers, the rest lies on the device. What only the decode rows or only the prefills need
-    is cut out once a batch here rather than once a layer. Made by :class:`MambaMetadataBuilder`.
+    Counts are host integers; the tensors that each layer reads lie on the device, cut once per batch. What spans both
+    kinds of rows is derived when it is asked for. Made by :class:`MambaMetadataBuilder`.
     """
 
     num_decodes: int
@@ -44,18 +44,14 @@ class MambaMetadata:
     """The sum of their lengths."""
     max_slot: int
     """The highest slot of any row, :data:`NULL_SLOT` if none has one; known without asking the device."""
-    query_start_loc: torch.Tensor
-    """``[S + 1]`` int32: row ``s`` holds tokens ``query_start_loc[s]`` up to ``query_start_loc[s + 1]``."""
-    has_initial_states: torch.Tensor
-    """``[S]`` bool: the row continues from the state in its slot (decode rows do; padding rows do not)."""
-    state_indices: torch.Tensor
-    """``[S]`` int32: each row's slot in the state cache, :data:`NULL_SLOT` for none."""
+    decode_state_indices: torch.Tensor | None
+    """``[num_padded_decodes]`` int32: each decode row's slot; None for a batch made without any."""
     prefill_query_start_loc: torch.Tensor
     """``[num_prefills + 1]`` int32, counted from the first prefill token."""
-    prefill_has_initial_states: torch.Tensor
-    """``[num_prefills]`` bool."""
-    prefill_state_indices: torch.Tensor
-    """``[num_prefills]`` int32."""
+    prefill_has_initial_states: torch.Tensor | None
+    """``[num_prefills]`` bool; None: no prefill continues a state."""
+    prefill_state_indices: torch.Tensor | None
+    """``[num_prefills]`` int32; None: no prefill has a slot."""
 
     @property
     def num_tokens(self) -> int:
@@ -63,9 +59,51 @@ class MambaMetadata:
         return self.num_padded_decodes + self.num_prefill_tokens
 
     @property
-    def decode_state_indices(self) -> torch.Tensor:
-        """``[num_padded_decodes]`` int32, a view of :attr:`state_indices`."""
-        return self.state_indices[: self.num_padded_decodes]
+    def query_start_loc(self) -> torch.Tensor:
+        """``[S + 1]`` int32: row ``s`` holds tokens ``query_start_loc[s]`` up to ``query_start_loc[s + 1]``."""
+        starts = self.prefill_query_start_loc
+        rows = torch.arange(self.num_padded_decodes, dtype=torch.int32, device=starts.device)
+        return torch.cat([rows, starts + self.num_padded_decodes])
+
+    @property
+    def has_initial_states(self) -> torch.Tensor:
+        """``[S]`` bool: the row continues from the state in its slot (decode rows do; padding rows do not)."""
+        device, initial = self.prefill_query_start_loc.device, self.prefill_has_initial_states
+        if initial is None:
+            initial = torch.zeros(self.num_prefills, dtype=torch.bool, device=device)
+        return torch.cat([torch.arange(self.num_padded_decodes, device=device) < self.num_decodes, initial])
+
+    @property
+    def state_indices(self) -> torch.Tensor:
+        """``[S]`` int32: each row's slot in the state cache, :data:`NULL_SLOT` for none."""
+        device, counts = self.prefill_query_start_loc.device, (self.num_padded_decodes, self.num_prefills)
+        slots = (self.decode_state_indices, self.prefill_state_indices)
+        return torch.cat(
+            [
+                torch.full((count,), NULL_SLOT, dtype=torch.int32, device=device) if part is None else part
+                for part, count in zip(slots, counts, strict=True)
+            ]
+        )
+
+
+def whole_sequences(count: int, length: int, device: torch.device) -> MambaMetadata:
+    """``count`` sequences of ``length`` tokens, each from its beginning, that leave no state; all by device operations.
+
+    Sequences without tokens need no row.
+    """
+    count = count if length else 0
+    starts = torch.arange(0, count * length + 1, max(length, 1), dtype=torch.int32, device=device)
+    return MambaMetadata(
+        num_decodes=0,
+        num_padded_decodes=0,
+        num_prefills=count,
+        num_prefill_tokens=count * length,
+        max_slot=NULL_SLOT,
+        decode_state_indices=None,
+        prefill_query_start_loc=starts,
+        prefill_has_initial_states=None,
+        prefill_state_indices=None,
+    )
 
 
 _TORCH_DTYPES = {
@@ -129,35 +167,22 @@ class MambaMetadataBuilder:
         padded = num_decodes if num_padded_decodes is None else num_padded_decodes
         _check(decode_slots, prefill_slots, prefill_lengths, has_initial_states, padded)
 
-        slots = [*decode_slots, *[NULL_SLOT] * (padded - num_decodes), *prefill_slots]
-        initial = [*[True] * num_decodes, *[False] * (padded - num_decodes), *has_initial_states]
-        prefill_starts = list(accumulate(prefill_lengths, initial=0))
-        starts = [*range(padded), *(padded + start for start in prefill_starts)]
-
-        ints = [
-            np.asarray(values, dtype=np.int32) for values in (starts, slots, prefill_starts, prefill_slots)
-        ]
-        bools = [np.asarray(values, dtype=np.bool_) for values in (initial, has_initial_states)]
-        (
-            query_start_loc,
-            state_indices,
-            prefill_query_start_loc,
-            prefill_state_indices,
-            initial_states,
-            prefill_initial,
-        ) = copy_to_device([*ints, *bools], self.device)
+        padding = [NULL_SLOT] * (padded - num_decodes)
+        starts = list(accumulate(prefill_lengths, initial=0))
+        ints = [np.asarray(v, dtype=np.int32) for v in ([*decode_slots, *padding], starts, prefill_slots)]
+        decode_indices, prefill_starts, prefill_indices, initial = copy_to_device(
+            [*ints, np.asarray(has_initial_states, dtype=np.bool_)], self.device
+        )
         return MambaMetadata(
             num_decodes=num_decodes,
             num_padded_decodes=padded,
             num_prefills=num_prefills,
-            num_prefill_tokens=prefill_starts[-1],
-            max_slot=max(slots, default=NULL_SLOT),
-            query_start_loc=query_start_loc,
-            has_initial_states=initial_states,
-            state_indices=state_indices,
-            prefill_query_start_loc=prefill_query_start_loc,
-            prefill_has_initial_states=prefill_initial,
-            prefill_state_indices=prefill_state_indices,
+            num_prefill_tokens=starts[-1],
+            max_slot=max((*decode_slots, *prefill_slots), default=NULL_SLOT),
+            decode_state_indices=decode_indices,
+            prefill_query_start_loc=prefill_starts,
+            prefill_has_initial_states=initial,
+            prefill_state_indices=prefill_indices,
         )
 
 
@@ -217,14 +242,24 @@ class PrefillDecodeSplit(NamedTuple):
     """``[T_p, D]``"""
     gate_d: torch.Tensor
     """``[P, D]``"""
-    state_indices_tensor_p: torch.Tensor
-    """``[F]`` int32"""
-    state_indices_tensor_d: torch.Tensor
-    """``[P]`` int32"""
+    state_indices_tensor_p: torch.Tensor | None
+    """``[F]`` int32; None where no prefill has a slot"""
+    state_indices_tensor_d: torch.Tensor | None
+    """``[P]`` int32; None for a batch made without decode rows"""
     query_start_loc_p: torch.Tensor
     """``[F + 1]`` int32, counted from the first prefill token"""
-    has_initial_states_p: torch.Tensor
-    """``[F]`` bool"""
+    has_initial_states_p: torch.Tensor | None
+    """``[F]`` bool; None where no prefill continues a state"""
+
+
+def check_rows(what: str, rows: int, metadata: MambaMetadata) -> None:
+    """Raise ValueError unless a packed batch of ``rows`` rows, ``what`` in the sentence, is what metadata describes."""
+    if rows != metadata.num_tokens:
+        raise ValueError(
+            f"{what} has {rows} rows but the metadata describes {metadata.num_tokens} tokens "
+            f"({metadata.num_padded_decodes} decode rows, {metadata.num_prefill_tokens} prefill tokens): "
+            "pass the metadata built for this batch"
+        )
 
 
 def split_batch_to_prefill_and_decode(
@@ -235,13 +270,8 @@ def split_batch_to_prefill_and_decode(
     Raises:
         ValueError: either tensor has other than ``metadata.num_tokens`` rows.
     """
-    for name, tensor in (("hidden_states_BC", hidden_states_BC), ("gate", gate)):
-        if tensor.shape[0] != metadata.num_tokens:
-            raise ValueError(
-                f"{name} has {tensor.shape[0]} rows but the metadata describes {metadata.num_tokens} tokens "
-                f"({metadata.num_padded_decodes} decode rows, {metadata.num_prefill_tokens} prefill tokens): "
-                "pass the metadata built for this batch"
-            )
+    check_rows("hidden_states_BC", len(hidden_states_BC), metadata)
+    check_rows("gate", len(gate), metadata)
     cut = metadata.num_padded_decodes
     return PrefillDecodeSplit(
         hidden_states_BC_p=hidden_states_BC[cut:],

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tp_mamba.kernels.common.dtypes import DTYPES, FLOATS
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -13,6 +15,9 @@ class ModelConfig:
 
     dtype: torch.dtype
     """Dtype of the parameters, of the activations and, by default, of the convolution state."""
+
+    weight_kind: str = "dense"
+    """The registered name of what the weights of the four projections are (:mod:`tp_mamba.layers.weights`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,9 +37,6 @@ class CacheConfig:
     """Whether such states are kept. Not available yet: leave False."""
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
 def resolve_dtype(value: torch.dtype | str, auto: torch.dtype | None, what: str) -> torch.dtype:
     """A dtype that parameters and states can have, from itself, from its name, or from ``"auto"``.
 
@@ -48,9 +50,9 @@ def resolve_dtype(value: torch.dtype | str, auto: torch.dtype | None, what: str)
     if value == "auto" and auto is not None:
         return auto
     dtype = getattr(torch, value, None) if isinstance(value, str) else value
-    if dtype not in _DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+    if dtype not in FLOATS:
         raise ValueError(
-            f"{what}={value!r} is not supported: use one of {names}" + (' or "auto"' if auto else "")
+            f"{what}={value!r} is not supported: use one of {', '.join(DTYPES)}"
+            + (' or "auto"' if auto else "")
         )
     return dtype

@@ -99,12 +99,15 @@ def row_parallel(size: int = 2048, dtype: torch.dtype = torch.bfloat16, **option
 def test_a_row_parallel_layer_gives_slices(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     layer, x = row_parallel(), torch.randn(rows, 2048).bfloat16()
     products = Products(monkeypatch)
-    slices = layer(x, in_slices=True)
+    partial = layer.partial(x, slices=True)
     monkeypatch.undo()
+    assert partial.sliced
+    slices = partial.value
     assert products.called[0] == "skinny_linear_slices"
     assert slices.shape == (slice_count(24, 2048), rows, 24)
     assert slices.dtype == torch.float32
     assert_float32_sums(add_slices(slices), x.double() @ layer.weight.double().t(), layer.weight)
+    assert torch.equal(partial.sum(), add_slices(slices))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,6 @@ def test_a_row_parallel_layer_gives_slices(monkeypatch: pytest.MonkeyPatch, rows
         ((1, 3, 2048), {}),
         ((3, 1024), {}),
         ((3, 2048), {"bias": True}),
-        ((3, 2048), {"skip_bias_add": True}),
         ((3, 2048), {"reduce_in_float32": False}),
         ((3, 2048), {"dtype": torch.float32}),
         ((3, 2048), {"ranks": 2}),
@@ -132,7 +134,7 @@ def test_a_row_parallel_layer_gives_no_slices_of(
     kept = {
         name: value for name, value in options.items() if name in RowParallelLinear.__init__.__kwdefaults__
     }
-    kept |= {name: options[name] for name in ("bias", "skip_bias_add") if name in options}
+    kept |= {name: options[name] for name in ("bias",) if name in options}
     layer, ranks = row_parallel(shape[-1], **kept), options.get("ranks", 1)
     layer.weight.requires_grad_("weight_grad" in options)
     x = torch.randn(shape).to(layer.weight.dtype).requires_grad_("x_grad" in options)
@@ -141,12 +143,11 @@ def test_a_row_parallel_layer_gives_no_slices_of(
     monkeypatch.setattr(torch.Tensor, "is_cuda", options.get("on") != "cpu")
     monkeypatch.setattr(layer.tp, "size", ranks)
     monkeypatch.setattr(layer.tp, "all_reduce_", lambda y: y.mul_(ranks))  # all ranks hold the same
-    y = layer(x, in_slices=True)
+    partial = layer.partial(x, slices=True)
+    y = partial.sum()
     monkeypatch.undo()
+    assert not partial.sliced
     assert "skinny_linear_slices" not in products.called
-    if "skip_bias_add" in options:
-        y, bias = y
-        assert bias is None
     if "bias" in options:
         exact += layer.bias.double()
     eps = torch.finfo(torch.bfloat16 if "reduce_in_float32" in options else torch.float32).eps

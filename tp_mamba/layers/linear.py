@@ -4,8 +4,10 @@ A column-parallel layer cuts ``out``: every rank sees the whole input and comput
 A row-parallel layer cuts ``in``: every rank sees a slice of the input and computes a partial sum of the
 whole output. One after the other they need a single all-reduce (Megatron-LM, arXiv:1909.08053).
 
-Arguments, and the tuple returned with ``skip_bias_add``, are those of vLLM's layers of the same names. A
-dimension that the ranks do not divide is padded with zero channels, which changes no result.
+This file knows which dimension is cut and what is communicated; what ``W`` is, a
+:class:`~tp_mamba.layers.weights.LinearWeight` knows. Arguments, and the tuple returned with ``skip_bias_add``, are
+those of vLLM's layers of the same names. A dimension that the ranks do not divide is padded with zero channels, which
+changes no result.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tp_mamba.kernels.linear import linear, linear_partial
 from tp_mamba.layers.init import initialize, uniform
-from tp_mamba.parallel.collectives import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
+from tp_mamba.layers.weights import DENSE, get_weight_kind
+from tp_mamba.parallel.collectives import copy_to_tp, gather_from_tp, scatter_to_tp
 from tp_mamba.parallel.group import TensorParallel, checked
 from tp_mamba.parallel.module import ShardedModule
+from tp_mamba.parallel.partial import Partial
 from tp_mamba.parallel.sharding import Shard, padded_size
 
 Output = torch.Tensor | tuple[torch.Tensor, nn.Parameter | None]
@@ -39,15 +42,20 @@ def check_rank_count(size: int, tp: TensorParallel, what: str) -> None:
 
 
 class ParallelLinear(ShardedModule):
-    """What column- and row-parallel layers share: the two parameters and their names in messages."""
+    """What column- and row-parallel layers share: a weight of some kind, a bias, and their initial values."""
+
+    weight: nn.Parameter
+    """Where the weight is dense; other kinds hold what they declare."""
+    bias: nn.Parameter | None
 
     def __init__(
         self,
         input_size: int,
         output_size: int,
-        weight_shard: Shard,
-        bias_shard: Shard | None,
+        weight: Shard,
+        bias: Shard | None,
         *,
+        weight_kind: str,
         tp: TensorParallel | None,
         dtype: torch.dtype | None,
         device: torch.device | str | None,
@@ -60,17 +68,31 @@ class ParallelLinear(ShardedModule):
                 "must both be positive"
             )
         self.input_size, self.output_size = input_size, output_size
-        self.weight = self.add_parameter("weight", weight_shard, dtype=dtype, device=device)
-        self.bias: nn.Parameter | None = None
-        if bias_shard is not None:
-            self.bias = self.add_parameter("bias", bias_shard, dtype=dtype, device=device)
+        self.kind = get_weight_kind(weight_kind)
+        self.kind.declare(self, weight, dtype=dtype, device=device)
+        if bias is None:
+            self.register_parameter("bias", None)
+        else:
+            self.add_parameter("bias", bias, dtype=dtype, device=device)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The initial values of ``torch.nn.Linear``: uniform over ``+-in^-0.5``, weight and bias."""
-        draw = uniform(self.input_size**-0.5)
-        for name in self.shards:
-            initialize(self, name, draw)
+        self.reset_weight()
+        if self.bias is not None:
+            initialize(self, "bias", uniform(self.input_size**-0.5))
+
+    def reset_weight(self) -> None:
+        """Draw the weight anew, and leave the bias."""
+        self.kind.initialize(self, uniform(self.input_size**-0.5))
+
+    def divide_weight_(self, divisor: float) -> None:
+        """Divide the weight, whatever kind it is, in place."""
+        self.kind.divide_(self, divisor)
+
+    def dense_weight(self) -> torch.Tensor | None:
+        """This rank's part of the weight, for a kernel that fuses the product; None where it is not one tensor."""
+        return self.kind.dense(self)
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.output_size}, bias={self.bias is not None}, tp={self.tp.rank}/{self.tp.size}"
@@ -93,6 +115,7 @@ class ColumnParallelLinear(ParallelLinear):
         *,
         parts: int = 1,
         bias_in_float32: bool = False,
+        weight_kind: str = DENSE,
         tp: TensorParallel | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -108,11 +131,13 @@ class ColumnParallelLinear(ParallelLinear):
             skip_bias_add: return ``(y, bias)`` with the bias not added, for a kernel that fuses it.
             parts: equal pieces of ``out`` that are cut separately (see MergedColumnParallelLinear).
             bias_in_float32: hold the bias in at least float32.
+            weight_kind: the registered name of what the weight is.
             tp, dtype, device: the ranks (default one), and where and how the shard is held.
             prefix: the layer's name in checkpoints and messages.
 
         Raises:
-            ValueError: a size below 1, more ranks than channels, or gather_output with skip_bias_add.
+            ValueError: a size below 1, more ranks than channels, an unknown weight kind, or gather_output with
+                skip_bias_add.
         """
         tp = checked(tp)
         if gather_output and skip_bias_add and bias:
@@ -132,17 +157,18 @@ class ColumnParallelLinear(ParallelLinear):
             output_size,
             Shard(shape=(output_size, input_size), dim=0, pieces=pieces),
             Shard(shape=(output_size,), dim=0, pieces=pieces, wide=bias_in_float32) if bias else None,
+            weight_kind=weight_kind,
             tp=tp,
             dtype=dtype,
             device=device,
             prefix=prefix,
         )
         self.parts, self.gather_output, self.skip_bias_add = parts, gather_output, skip_bias_add
-        self.output_size_local = self.weight.shape[0]
+        self.output_size_local = parts * (padded_size(output_size // parts, tp.size) // tp.size)
 
     def forward(self, x: torch.Tensor) -> Output:
         """``x [..., in]`` -> ``y``, or ``(y, bias)`` with ``skip_bias_add``."""
-        y = linear(copy_to_tp(x, self.tp), self.weight, None if self.skip_bias_add else self.bias)
+        y = self.kind.product(self, copy_to_tp(x, self.tp), None if self.skip_bias_add else self.bias)
         if self.gather_output:
             y = self._gather(y)
         return (y, self.bias) if self.skip_bias_add else y
@@ -169,6 +195,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         gather_output: bool = False,
         skip_bias_add: bool = False,
         *,
+        weight_kind: str = DENSE,
         tp: TensorParallel | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -191,6 +218,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
             gather_output,
             skip_bias_add,
             parts=len(output_sizes),
+            weight_kind=weight_kind,
             tp=tp,
             dtype=dtype,
             device=device,
@@ -216,6 +244,7 @@ class RowParallelLinear(ParallelLinear):
         reduce_results: bool = True,
         *,
         reduce_in_float32: bool = False,
+        weight_kind: str = DENSE,
         tp: TensorParallel | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -233,11 +262,13 @@ class RowParallelLinear(ParallelLinear):
             reduce_results: sum over the ranks; else return this rank's partial sum.
             reduce_in_float32: compute and sum the partial results in float32, and return float32: nothing
                 is rounded to the model's dtype before the sum is complete.
+            weight_kind: the registered name of what the weight is.
             tp, dtype, device: the ranks (default one), and where and how the shard is held.
             prefix: the layer's name in checkpoints and messages.
 
         Raises:
-            ValueError: a size below 1, more ranks than channels, or a bias that would be added to partial sums.
+            ValueError: a size below 1, more ranks than channels, an unknown weight kind, or a bias that would be
+                added to partial sums.
         """
         tp = checked(tp)
         if bias and not reduce_results and not skip_bias_add:
@@ -251,6 +282,7 @@ class RowParallelLinear(ParallelLinear):
             output_size,
             Shard(shape=(output_size, input_size), dim=1),
             Shard(shape=(output_size,)) if bias else None,
+            weight_kind=weight_kind,
             tp=tp,
             dtype=dtype,
             device=device,
@@ -258,23 +290,26 @@ class RowParallelLinear(ParallelLinear):
         )
         self.input_is_parallel, self.skip_bias_add = input_is_parallel, skip_bias_add
         self.reduce_results, self.reduce_in_float32 = reduce_results, reduce_in_float32
-        self.input_size_local = self.weight.shape[1]
+        self.input_size_local = padded_size(input_size, tp.size) // tp.size
 
-    def forward(self, x: torch.Tensor, *, in_slices: bool = False) -> Output:
-        """``x [..., in/n]`` (or ``[..., in]``) -> ``y [..., out]``, or ``(y, bias)`` with ``skip_bias_add``.
+    def partial(self, x: torch.Tensor, *, slices: bool = False) -> Partial:
+        """``x [..., in/n]`` (or ``[..., in]``) -> this rank's term of ``y [..., out]``, for its consumer to finish.
 
-        With ``in_slices``, ``x [T, in]`` may give ``[slices, T, out]`` float32 instead, whose sum over the slices is
-        ``y``: on one rank, without bias, where a kernel behind that adds them up makes the layer faster.
+        Args:
+            slices: the consumer is :meth:`Partial.split`, which may add up slices of the inner dimension as well.
         """
         if not self.input_is_parallel:
-            x = scatter_to_tp(
-                F.pad(x, (0, padded_size(self.input_size, self.tp.size) - self.input_size)), self.tp
-            )
-        whole = self.tp.size == 1 and self.bias is None and not self.skip_bias_add
-        y = linear_partial(x, self.weight, in_float32=self.reduce_in_float32, in_slices=in_slices and whole)
-        if self.reduce_results:
-            # The partial sum is ours alone: without a gradient to track it is summed where it lies.
-            y = reduce_from_tp(y, self.tp) if y.requires_grad else self.tp.all_reduce_(y)
-        if self.skip_bias_add:
-            return y, self.bias
-        return y if self.bias is None else y + self.bias
+            x = scatter_to_tp(F.pad(x, (0, self.input_size_local * self.tp.size - self.input_size)), self.tp)
+        bias = None if self.skip_bias_add else self.bias
+        if not self.reduce_in_float32:
+            return Partial(self.kind.product(self, x), self.tp, bias)
+        # A bias is added to a finished sum, which slices that a kernel adds up never are.
+        slices = slices and bias is None and self.tp.communicator.takes_slices(self.tp)
+        value = self.kind.wide_product(self, x, slices=slices)
+        return Partial(value, self.tp, bias, sliced=value.dim() > x.dim())
+
+    def forward(self, x: torch.Tensor) -> Output:
+        """``x [..., in/n]`` (or ``[..., in]``) -> ``y [..., out]``, or ``(y, bias)`` with ``skip_bias_add``."""
+        partial = self.partial(x)
+        y = partial.sum() if self.reduce_results else partial.value
+        return (y, self.bias) if self.skip_bias_add else y

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tp_mamba.kernels.common.dtypes import wide_dtype
 from tp_mamba.kernels.linear import linear
 from tp_mamba.layers.init import initialize
 from tp_mamba.layers.linear import check_rank_count
-from tp_mamba.parallel.collectives import copy_to_tp, gather_from_tp, reduce_from_tp
+from tp_mamba.parallel.collectives import copy_to_tp, gather_from_tp
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.parallel.module import ShardedModule
+from tp_mamba.parallel.partial import Partial
 from tp_mamba.parallel.sharding import Shard
 
 
@@ -65,16 +67,19 @@ class VocabParallelEmbedding(VocabParallelTable):
         super().__init__(num_embeddings, embedding_dim, tp, prefix)
         self.add_weight(dtype, device)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """``ids [...]`` integer, each in ``0..V-1`` (the caller checks) -> ``[..., H]``."""
-        if self.tp.size == 1:
-            return F.embedding(ids, self.weight)
+    def partial(self, ids: torch.Tensor) -> Partial:
+        """``ids [...]`` integer, each in ``0..V-1`` (the caller checks) -> this rank's term of ``[..., H]``."""
         rows = self.weight.shape[0]
+        if rows >= self.num_embeddings:  # all of them are here
+            return Partial(F.embedding(ids, self.weight), self.tp)
         local = ids - self.tp.rank * rows
         elsewhere = (local < 0) | (local >= rows)
         found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        found = found.masked_fill(elsewhere.unsqueeze(-1), 0)
-        return reduce_from_tp(found, self.tp) if found.requires_grad else self.tp.all_reduce_(found)
+        return Partial(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.tp)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """``ids [...]`` integer, each in ``0..V-1`` (the caller checks) -> ``[..., H]``."""
+        return self.partial(ids).sum()
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, tp={self.tp.rank}/{self.tp.size}"
@@ -125,7 +130,7 @@ class ParallelLMHead(VocabParallelTable):
         """``h [..., H]`` -> float32 (float64 in a float64 model) logits ``[..., V]``."""
         local = linear(copy_to_tp(h, self.tp), self.weight)
         logits = gather_from_tp(local, self.tp)[..., : self.num_embeddings]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.to(wide_dtype(logits.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.embedding_dim}, {self.num_embeddings}, tp={self.tp.rank}/{self.tp.size}"

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tp_mamba.batch import NULL_SLOT, MambaMetadata, MambaMetadataBuilder
+from tp_mamba.batch import MambaMetadata, whole_sequences
 from tp_mamba.layers.init import initialization_skipped
 from tp_mamba.layers.norm import RMSNorm
 from tp_mamba.layers.vocab import ParallelLMHead, VocabParallelEmbedding
@@ -90,11 +90,11 @@ class Backbone(nn.Module):
 
     def forward(self, ids_T: torch.Tensor, metadata: MambaMetadata, cache: StateCache | None) -> torch.Tensor:
         """Packed ids ``[T]`` -> the normed hidden states ``[T, H]`` of every token."""
-        h_TH, residual_TH = self.embeddings(ids_T), None
+        h_TH, residual_TH = self.embeddings.partial(ids_T), None
         for i, block in enumerate(self.layers):
             h_TH, residual_TH = block(h_TH, residual_TH, metadata, None if cache is None else cache.layer(i))
-        h_TH, _ = self.norm_f.add(h_TH, residual_TH, residual_in_fp32=self.residual_in_fp32)
-        return h_TH
+        normed_TH, _ = self.norm_f.add(h_TH, residual_TH, residual_in_fp32=self.residual_in_fp32)
+        return normed_TH
 
 
 class CausalLM(nn.Module):
@@ -191,10 +191,7 @@ class CausalLM(nn.Module):
         if not torch.compiler.is_compiling():
             self._check_range(input_ids)
         B, L = input_ids.shape
-        metadata = MambaMetadataBuilder(self.device).build(
-            prefill_slots=[NULL_SLOT] * B, prefill_lengths=[L] * B, has_initial_states=[False] * B
-        )
-        h_TH = self.backbone(input_ids.to(self.device).flatten(), metadata, None)
+        h_TH = self.backbone(input_ids.to(self.device).flatten(), whole_sequences(B, L, self.device), None)
         return self.lm_head(h_TH).view(B, L, -1)
 
     def _check_range(self, input_ids: torch.Tensor) -> None:

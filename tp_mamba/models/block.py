@@ -10,6 +10,7 @@ from tp_mamba.layers.norm import RMSNorm
 from tp_mamba.mixer import MambaMixer, MambaState
 from tp_mamba.models.config import MambaConfig
 from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.parallel.partial import Partial
 
 
 def build_mixer(
@@ -77,19 +78,19 @@ class MambaBlock(nn.Module):
 
     def forward(
         self,
-        h_TH: torch.Tensor,
+        h_TH: Partial,
         residual_TH: torch.Tensor | None,
         metadata: MambaMetadata,
         state: MambaState | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``h [T, H]`` and the running residual (None before the first block) -> the same two."""
-        h_TH, residual_TH = self.norm.add(h_TH, residual_TH, residual_in_fp32=self.residual_in_fp32)
-        return self.mixer(h_TH, metadata, state), residual_TH
+    ) -> tuple[Partial, torch.Tensor]:
+        """``h [T, H]``, for the norm to finish, and the running residual (None before the first block) -> the same."""
+        normed_TH, residual_TH = self.norm.add(h_TH, residual_TH, residual_in_fp32=self.residual_in_fp32)
+        return self.mixer.partial(normed_TH, metadata, state), residual_TH
 
     @torch.no_grad()
     def scale_residual_branch(self, layers: int) -> None:
         """mamba_ssm's ``_init_weights``: each of ``layers`` branches starts ``1 / sqrt(layers)`` as large."""
-        self.mixer.out_proj.weight.div_(layers**0.5)
+        self.mixer.out_proj.divide_weight_(layers**0.5)
         for projection in (self.mixer.in_proj, self.mixer.out_proj):
             if projection.bias is not None:
                 projection.bias.zero_()

@@ -16,6 +16,7 @@ from itertools import groupby
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def see(backend: str | None, environ: Mapping[str, str] | None = None) -> Seen:
 
 
 def decide(ranks: Sequence[Seen]) -> list[Place]:
-    """The place of every rank, from what all of them see: NCCL where each has a GPU of its own, gloo where none has any.
+    """The place of every rank: NCCL where each has a GPU of its own, gloo where none sees any.
 
     Raises:
         ValueError: the ranks ask for different backends; or there are GPUs, but not one for each rank, and gloo was
@@ -73,8 +74,8 @@ def decide(ranks: Sequence[Seen]) -> list[Place]:
         if given is None:
             found = len({gpu for rank in local for gpu in ranks[rank].gpus})
             raise ValueError(
-                f"{len(local)} rank{'s' * (len(local) > 1)} on {host} but {found} GPU{'s' * (found != 1)}: NCCL needs a "
-                'GPU for each rank; start fewer ranks there, or pass backend="gloo" to compute on the CPU'
+                f"{len(local)} rank{'s' * (len(local) > 1)} on {host} but {found} GPU{'s' * (found != 1)}: NCCL needs "
+                'a GPU for each rank; start fewer ranks there, or use backend="gloo" to compute on the CPU'
             )
         gpus.update(zip(local, given, strict=True))
     return [Place("nccl", gpus[rank]) for rank in range(len(ranks))]
@@ -104,8 +105,7 @@ def join(backend: str | None, timeout: timedelta | None) -> Place:
     Raises:
         ValueError: as :func:`decide`, with the same sentence on every rank.
     """
-    waited = {} if timeout is None else {"timeout": timeout}
-    store, rank, size = next(dist.rendezvous("env://", **waited))
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout or default_pg_timeout))
     seen = dist.PrefixStore("tp_mamba", store)
     seen.set(str(rank), json.dumps(asdict(see(backend))))
     facts = [json.loads(seen.get(str(other))) for other in range(size)]
@@ -120,8 +120,16 @@ def join(backend: str | None, timeout: timedelta | None) -> Place:
     return place
 
 
-def backend_of(group: dist.ProcessGroup, device_type: str) -> str | None:
-    """The backend that serves tensors on ``device_type`` in ``group``; None if none does.
+def use_own_gpu() -> int:
+    """Make the launcher's ``LOCAL_RANK`` the current GPU, where it numbers one that is visible; the current GPU."""
+    local = os.environ.get("LOCAL_RANK", "")
+    if local.isdigit() and int(local) < torch.cuda.device_count():
+        torch.cuda.set_device(int(local))
+    return torch.cuda.current_device()
+
+
+def backend_of(group: dist.ProcessGroup | None, device_type: str) -> str | None:
+    """The backend that serves tensors on ``device_type`` in ``group`` (None: the default group); None if none does.
 
     torch names a group of several backends, or of none that was asked for, "undefined" or by the whole list.
     """

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from tp_mamba.parallel.communicate import Communicator
-from tp_mamba.parallel.environment import backend_of, join
+from tp_mamba.parallel.environment import backend_of, join, use_own_gpu
+
 
 def _leave(tp: TensorParallel) -> None:
     """End the group that ``from_env`` made, unless the program has done so.
@@ -60,7 +61,8 @@ class TensorParallel:
         Args:
             group: an initialised process group this process belongs to.
             device: where this rank computes. By default the current GPU where NCCL serves CUDA in ``group``, else the
-                CPU for a group, and for no group the GPU if there is one.             communicator: how the ranks communicate and finish sums; by default plain collectives.
+                CPU for a group, and for no group the GPU if there is one.
+            communicator: how the ranks communicate and finish sums; by default plain collectives.
 
         Raises:
             ValueError: ``group`` is no process group, or this process is not a member of it.
@@ -122,19 +124,20 @@ class TensorParallel:
             return cls(device="cpu" if backend == "gloo" else None)
         if not dist.is_initialized():
             place = join(backend, timeout)
-            tp = cls(
-                dist.group.WORLD, device="cpu" if place.gpu is None else torch.device("cuda", place.gpu)
-            )
+            tp = cls(dist.group.WORLD, device="cpu" if place.gpu is None else torch.device("cuda", place.gpu))
             atexit.register(_leave, tp)
             return tp
         group = dist.group.WORLD
-        initialized = {backend_of(group, device) for device in ("cpu", "cuda")} - {None}
-        if backend is not None and backend not in initialized:
+        serving = [backend_of(group, device) for device in ("cpu", "cuda")]
+        if backend is not None and backend not in serving:
+            initialized = " and ".join(sorted({repr(name) for name in serving if name}))
             raise ValueError(
-                f"backend={backend!r} but torch.distributed is initialised with {' and '.join(sorted(initialized))}: "
+                f"backend={backend!r} but torch.distributed is initialised with {initialized}: "
                 "leave backend out, or do not initialise torch.distributed before"
             )
-        return cls(group, device="cpu" if backend == "gloo" else None)
+        if backend == "gloo" or backend_of(group, "cuda") != "nccl":
+            return cls(group, device="cpu")
+        return cls(group, device=torch.device("cuda", use_own_gpu()))
 
     @classmethod
     def virtual(cls, rank: int, size: int) -> TensorParallel:

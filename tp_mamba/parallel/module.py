@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tp_mamba.kernels.common.dtypes import wide_dtype
 from tp_mamba.parallel.group import TensorParallel, checked
 from tp_mamba.parallel.sharding import Shard
 
@@ -91,8 +92,9 @@ class ShardedModule(nn.Module):
         self.shards[name] = shard
         dtype = dtype or torch.get_default_dtype()
         if shard.wide:
-            dtype = torch.promote_types(dtype, torch.float32)
-        param = nn.Parameter(torch.empty(shard.local_shape(self.tp.size), dtype=dtype, device=device))
+            dtype = wide_dtype(dtype)
+        local = torch.empty(shard.local_shape(self.tp.size), dtype=dtype, device=device)
+        param = nn.Parameter(local, requires_grad=dtype.is_floating_point)
         setattr(self, name, param)
         return param
 
@@ -138,8 +140,24 @@ class ShardedModule(nn.Module):
         super().register_parameter(name, param)
         self._attach_loaders()
 
+    def wide_tensors(self) -> list[torch.Tensor]:
+        """What is held in at least float32, whatever the rest of the module is cast to."""
+        return [getattr(self, name) for name, shard in self.shards.items() if shard.wide]
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ShardedModule:
-        super()._apply(fn, recurse)
+        """As ``nn.Module``: what ``.to()``, ``.half()`` and others do. :meth:`wide_tensors` stay wide."""
+        wide = {id(tensor) for tensor in self.wide_tensors()}
+
+        def keep_wide(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            if id(tensor) not in wide or applied.dtype == wide_dtype(applied.dtype):
+                return applied
+            return tensor.to(applied.device, wide_dtype(applied.dtype))
+
+        # Children keep their own wide tensors.
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+        super()._apply(keep_wide, recurse=False)
         self._attach_loaders()
         return self
 

@@ -1,0 +1,53 @@
+"""What a mixer refuses: sizes and options when it is built, inputs when it is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tp_mamba.kernels.common.limits import check_activation, check_state_size
+
+
+def check_sizes(name: str, **sizes: int) -> None:
+    """Raise ValueError for a size that is no positive integer."""
+    for letter, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: size {letter} is {size!r}, it must be a positive integer")
+
+
+def check_options(
+    name: str, state_size: int, activation: str, is_lora_enabled: bool, cache_config: Any
+) -> None:
+    """Raise ValueError for a state size or an activation without a kernel, or an option without its feature."""
+    check_state_size(name, state_size)
+    check_activation(name, activation)
+    if is_lora_enabled:
+        raise ValueError(
+            f"{name}: is_lora_enabled is set but adapters are not available yet: merge the adapter into the "
+            "checkpoint and leave it False"
+        )
+    if getattr(cache_config, "enable_prefix_caching", False):
+        raise ValueError(
+            f"{name}: cache_config.enable_prefix_caching is set but reuse of prefixes is not available yet: leave "
+            "it False"
+        )
+    block_size = getattr(cache_config, "mamba_block_size", None)
+    if block_size is not None:
+        raise ValueError(
+            f"{name}: cache_config.mamba_block_size is {block_size} but states kept for prefix reuse are not "
+            "available yet: leave it None"
+        )
+
+
+def check_hidden_states(name: str, h: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> None:
+    """Raise ValueError unless ``h`` is ``[T, H]`` or ``[B, L, H]`` in ``dtype``."""
+    if h.dim() not in (2, 3) or h.shape[-1] != hidden_size:
+        raise ValueError(
+            f"{name}: got hidden states of shape {list(h.shape)}, expected packed [T, {hidden_size}] or "
+            f"dense [B, L, {hidden_size}]"
+        )
+    if h.dtype != dtype:
+        raise ValueError(
+            f"{name}: got hidden states in {h.dtype}, the parameters are in {dtype}: convert one of them"
+        )
