@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -124,24 +125,20 @@ def collapse(rows: list[Row]) -> list[Row]:
     return joined
 
 
-def communication(model: MambaForCausalLM, n: int) -> dict[str, int]:
-    """What one token costs each rank in collectives: how many, and the bytes of their results.
+def communication(model: MambaForCausalLM) -> dict[str, int]:
+    """What one token costs each rank of a (meta) model in collectives: how many, and the bytes of their results.
 
-    Two all-reduces a layer, x_proj's partial sums ``[R+2N]`` in float32 and out_proj's ``[H]`` in the model's
-    dtype; one for the embedding ``[H]``; one all-gather of the logits ``[V]``, padding included.
+    They are counted as the model asks for them, with nothing sent: see :func:`tp_mamba.parallel.communicate.counted`.
     """
-    from tp_mamba.parallel.sharding import padded_size
+    import torch
 
-    if n == 1:
-        return {"all_reduces": 0, "all_reduce_bytes": 0, "all_gathers": 0, "all_gather_bytes": 0}
-    config, size = model.config, model.dtype.itemsize
-    layer = max(4, size) * (config.time_step_rank + 2 * config.state_size) + size * config.hidden_size
-    return {
-        "all_reduces": 2 * config.num_hidden_layers + 1,
-        "all_reduce_bytes": config.num_hidden_layers * layer + size * config.hidden_size,
-        "all_gathers": 1,
-        "all_gather_bytes": size * padded_size(config.vocab_size, n),
-    }
+    from tp_mamba.batch import whole_sequences
+    from tp_mamba.parallel.communicate import counted
+
+    token = torch.zeros(1, dtype=torch.int64, device="meta")
+    with torch.no_grad(), counted(model.tp) as traffic:
+        model.lm_head(model.backbone(token, whole_sequences(1, 1, token.device), None))
+    return dataclasses.asdict(traffic)
 
 
 def state_bytes(model: MambaForCausalLM) -> int:
@@ -198,7 +195,7 @@ def make_plan(checkpoint: str, n: int, dtype: str | None) -> tuple[list[Row], di
         "bytes_per_rank": sum(row.local_bytes for row in rows),
         "padding_bytes": sum(row.padding_bytes for row in rows),
         "state_bytes_per_sequence": state_bytes(model),
-        "communication_per_token": communication(model, n),
+        "communication_per_token": communication(model),
     }
 
 

@@ -95,9 +95,7 @@ def _bfloat16_time_steps(tp: TensorParallel) -> tuple[torch.Tensor, ...]:
     mixer = MambaMixer(6, 4, 3, 64, 3, True, False, False, tp=tp, dtype=torch.bfloat16)
     u = Shard(shape=(T, 64), dim=1).shard(torch.randn(T, 64).bfloat16(), tp.rank, tp.size)
     partial = mixer.x_proj.partial(u, slices=True)
-    return split_and_norm(
-        partial, None, None, None, time_step_rank=3, state_size=4, dt_dtype=torch.bfloat16
-    )
+    return split_and_norm(partial, None, None, None, time_step_rank=3, state_size=4, dt_dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

@@ -78,14 +78,15 @@ class MambaBlock(nn.Module):
 
     def forward(
         self,
-        h_TH: Partial,
+        h_TH: Partial | torch.Tensor,
         residual_TH: torch.Tensor | None,
         metadata: MambaMetadata,
         state: MambaState | None,
-    ) -> tuple[Partial, torch.Tensor]:
+    ) -> tuple[Partial | torch.Tensor, torch.Tensor]:
         """``h [T, H]``, for the norm to finish, and the running residual (None before the first block) -> the same."""
         normed_TH, residual_TH = self.norm.add(h_TH, residual_TH, residual_in_fp32=self.residual_in_fp32)
-        return self.mixer.partial(normed_TH, metadata, state), residual_TH
+        mix = getattr(self.mixer, "partial", self.mixer)  # another layer in its place may finish its own sums
+        return mix(normed_TH, metadata, state), residual_TH
 
     @torch.no_grad()
     def scale_residual_branch(self, layers: int) -> None:
