@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tp_mamba.batch import MambaMetadata, MambaMetadataBuilder
     from tp_mamba.checkpoint.load import load_mixer
     from tp_mamba.config import MambaConfig
+    from tp_mamba.engine.engine import Engine
     from tp_mamba.engine.params import SamplingParams
     from tp_mamba.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
     from tp_mamba.layers.norm import RMSNorm
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from tp_mamba.options import CacheConfig, ModelConfig
     from tp_mamba.parallel.group import RankFailedError, TensorParallel
     from tp_mamba.state.cache import MambaCache
+    from tp_mamba.text.chat import load_chat_template
     from tp_mamba.text.tokenizer import load_tokenizer
 
 _MODULES = {
     "CacheConfig": "options",
     "ColumnParallelLinear": "layers.linear",
+    "Engine": "engine.engine",
     "MambaCache": "state.cache",
     "MambaConfig": "config",
     "MambaForCausalLM": "model",
@@ -44,6 +47,7 @@ _MODULES = {
     "TensorParallel": "parallel.group",
     "VocabParallelEmbedding": "layers.vocab",
     "build_mixer": "model",
+    "load_chat_template": "text.chat",
     "load_mixer": "checkpoint.load",
     "load_tokenizer": "text.tokenizer",
 }
@@ -51,6 +55,7 @@ _MODULES = {
 __all__ = [
     "CacheConfig",
     "ColumnParallelLinear",
+    "Engine",
     "MambaCache",
     "MambaConfig",
     "MambaForCausalLM",
@@ -68,6 +73,7 @@ __all__ = [
     "TensorParallel",
     "VocabParallelEmbedding",
     "build_mixer",
+    "load_chat_template",
     "load_mixer",
     "load_tokenizer",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
 import numpy as np
 import torch
 
@@ -26,11 +24,11 @@ class Runner:
             float32 logits ``[B, V]``, one row for each of ``schedule.sampling``.
         """
         decodes, chunks = schedule.decodes, schedule.chunks
-        pieces = [chunk.request.prompt[chunk.start : chunk.start + chunk.length] for chunk in chunks]
-        token_ids = [*(request.token_ids[-1] for request in decodes), *chain.from_iterable(pieces)]
-        ends = len(decodes) + np.cumsum([chunk.length for chunk in chunks], dtype=np.int64) - 1
-        completes = np.asarray([chunk.completes for chunk in chunks], dtype=np.bool_)
-        wanted = [*range(len(decodes)), *ends[completes]]
+        token_ids, wanted = [request.token_ids[-1] for request in decodes], list(range(len(decodes)))
+        for chunk in chunks:
+            token_ids += chunk.request.prompt[chunk.start : chunk.start + chunk.length]
+            if chunk.completes:
+                wanted.append(len(token_ids) - 1)
         metadata = self._builder.build(
             decode_slots=[request.slot for request in decodes],  # type: ignore[misc]
             prefill_slots=[chunk.request.slot for chunk in chunks],  # type: ignore[misc]

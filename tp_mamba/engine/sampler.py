@@ -199,14 +199,16 @@ class Sampler:
         Random numbers are drawn for the requests that need them, so a greedy neighbour changes nobody's.
         """
         params = [request.params for request in requests]
+        # Mostly they are one object, which list.count tells at the speed of C.
+        distinct = params[:1] if params.count(params[0]) == len(params) else params
+        draws = any(each.temperature for each in distinct)
         arrays: dict[str, np.ndarray] = {}
-        draws = any(each.temperature for each in params)
         if draws:
             drawn = [request.uniforms.next() if request.params.temperature else 0.0 for request in requests]
             arrays["uniforms"] = np.asarray(drawn, dtype=np.float64)
-        if any(each.repetition_penalty != 1 for each in params):
+        if any(each.repetition_penalty != 1 for each in distinct):
             arrays["slots"] = np.asarray([request.slot for request in requests], dtype=np.int64)
-        for name, values in _differing(params).items():
+        for name, values in _differing(distinct).items():
             if draws or name == "repetition_penalty":
                 arrays[name] = np.asarray(values, dtype=_COLUMNS[name])
         copies = copy_to_device(list(arrays.values()), self._device) if arrays else []
@@ -217,7 +219,7 @@ class Sampler:
             assert self._seen is not None  # begin() made it
             seen = self._seen[slots, : self._usable]
         tokens = choose(
-            logits[:, : self._usable], _row_params(params, on_device), seen=seen, uniforms=uniforms
+            logits[:, : self._usable], _row_params(distinct, on_device), seen=seen, uniforms=uniforms
         )
         if slots is not None:
             assert self._seen is not None
@@ -227,8 +229,7 @@ class Sampler:
 
 def _differing(params: Sequence[SamplingParams]) -> dict[str, list[float]]:
     """The values, row by row, of the parameters in which the rows differ."""
-    first = params[0]
-    if all(each is first for each in params):
+    if len(params) == 1:
         return {}
     columns = {name: [getattr(each, name) for each in params] for name in _COLUMNS}
     return {name: column for name, column in columns.items() if column.count(column[0]) != len(column)}

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-from tp_mamba.engine.request import Request, RequestState
+from tp_mamba.engine.request import Request
 
 
 class Slots(Protocol):
@@ -82,12 +82,14 @@ class Scheduler:
 
     def schedule(self, slots: Slots) -> Schedule:
         """The next pass; requests that wait take ``slots`` while there are free ones and prompt tokens to spare."""
-        decodes = [request for request in self._running if request.state is RequestState.DECODING]
+        # Every running request has a slot and has not ended, so that the prompt alone tells the two states apart.
+        decodes = [request for request in self._running if not request.remaining]
         budget, chunks = self.max_prefill_tokens, []
-        for request in self._running:
-            if budget and request.state is RequestState.PREFILLING:
-                chunks.append(_next_chunk(request, budget))
-                budget -= chunks[-1].length
+        if len(decodes) < len(self._running):
+            for request in self._running:
+                if budget and request.remaining:
+                    chunks.append(_next_chunk(request, budget))
+                    budget -= chunks[-1].length
         admitted = []
         while self._waiting and budget and slots.num_free:
             request = self._waiting.popleft()
