@@ -28,8 +28,10 @@ class RequestBuilder:
     """
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
-        """Raises:
-        ValueError: ``tokenizer`` has no tokens.
+        """Look the tokenizer over, once for all requests.
+
+        Raises:
+            ValueError: ``tokenizer`` has no tokens.
         """
         self._config, self._tokenizer = config, tokenizer
         self.usable = config.usable_vocab_size or config.vocab_size
