@@ -9,6 +9,8 @@ import transformers
 from config_samples import FALCON, HF, JAMBA, RAW, without
 
 from tp_mamba.config import MambaConfig
+from tp_mamba.layers import weights
+from tp_mamba.model import build_mixer
 
 
 def test_raw_state_spaces():
@@ -172,6 +174,18 @@ def test_odd_inner_size_survives():
     assert MambaConfig.from_dict(config.to_dict()) == config
     jamba = MambaConfig.from_dict(JAMBA | {"hidden_size": 20, "mamba_expand": 1.5})
     assert MambaConfig.from_dict(jamba.to_dict()).intermediate_size == 30
+
+
+def test_the_kind_of_the_weights_is_the_method_of_quantisation_if_it_is_registered(monkeypatch):
+    assert MambaConfig.from_dict(HF | {"quantization_config": None}).weight_kind == "dense"
+    monkeypatch.setitem(weights._KINDS, "two_bits", weights.Dense())
+    quantized = HF | {"quantization_config": {"quant_method": "two_bits", "group": 64}}
+    config = MambaConfig.from_dict(quantized)
+    assert config.weight_kind == "two_bits"
+    assert config.to_dict()["quantization_config"] == quantized["quantization_config"]
+    by_hand = dataclasses.replace(MambaConfig.from_dict(HF), weight_kind="two_bits")
+    assert MambaConfig.from_dict(by_hand.to_dict()) == by_hand
+    assert build_mixer(config, device="meta").in_proj.kind is weights.get_weight_kind("two_bits")
 
 
 @pytest.mark.parametrize("fields", [RAW, HF, FALCON], ids=["raw", "mamba", "falcon"])

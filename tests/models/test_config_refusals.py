@@ -1,5 +1,6 @@
 """MambaConfig: what is refused, in which words, and what is no reason to refuse."""
 
+import dataclasses
 import json
 
 import pytest
@@ -94,6 +95,20 @@ from tp_mamba.config import MambaConfig
         (HF | {"usable_vocab_size": 50281}, "usable_vocab_size is 50281, it must be 1 to vocab_size"),
         (JAMBA | {"mamba_d_conv": 5}, "conv_kernel is 5"),
         (
+            HF | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "quantization_config declares 'bitsandbytes' weights, and supported are dense.*: give the checkpoint",
+        ),
+        (
+            FALCON | {"quantization_config": {"load_in_8bit": True}},
+            "quantization_config declares weights quantised in a way that it does not name, and supported are dense",
+        ),
+        (
+            JAMBA | {"compression_config": {"quant_method": "fp8"}},
+            "compression_config declares 'fp8' weights",
+        ),
+        (RAW | {"quantization_config": {"quant_method": "gptq"}}, "declares 'gptq' weights"),
+        (HF | {"quantization_config": "int8"}, "quantization_config is 'int8', it must be an object"),
+        (
             HF | {"num_hidden_layers": 2**31 - 1},
             "num_hidden_layers is 2147483647, it must be at most 4,096: correct",
         ),
@@ -153,6 +168,13 @@ def test_a_key_that_decides_nothing_is_no_reason_to_refuse(fields, inert, tmp_pa
         theirs = transformers.AutoConfig.from_pretrained(tmp_path)
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers"):
             assert getattr(config, name) == getattr(theirs, name), name
+
+
+def test_sizes_given_by_hand_are_checked_too():
+    config = MambaConfig.from_dict(HF)
+    for size in (1.5, "2560", None):
+        with pytest.raises(ConfigError, match=f"hidden_size is {size!r}, it must be a whole number"):
+            dataclasses.replace(config, hidden_size=size)
 
 
 def test_an_inert_key_is_not_written_back_wrong():

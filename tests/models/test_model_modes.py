@@ -78,6 +78,14 @@ def test_a_copy_is_a_model_of_its_own(checkpoint: Path) -> None:
     assert (twin.lm_head.weight is twin.backbone.embeddings.weight) == tied
 
 
+def test_compiled_in_one_graph(checkpoint: Path) -> None:
+    """That ids are of the vocabulary is then the caller's to see to: looking at values would end the graph."""
+    model = MambaForCausalLM.from_pretrained(checkpoint)
+    expected = model(IDS)
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(IDS), expected)
+
+
 def test_compiled(tmp_path: Path) -> None:
     mamba(num_hidden_layers=1).save_pretrained(tmp_path)
     model = MambaForCausalLM.from_pretrained(tmp_path)

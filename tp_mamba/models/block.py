@@ -9,6 +9,7 @@ from tp_mamba.batch import MambaMetadata
 from tp_mamba.layers.norm import RMSNorm
 from tp_mamba.mixer import MambaMixer, MambaState
 from tp_mamba.models.config import MambaConfig
+from tp_mamba.options import ModelConfig
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.parallel.partial import Partial
 
@@ -43,9 +44,9 @@ def build_mixer(
         rms_norm_has_weight=config.mixer_norm == "weighted",
         rms_norm_eps=config.mixer_rms_eps,
         activation=config.hidden_act,
+        model_config=ModelConfig(dtype=dtype or torch.get_default_dtype(), weight_kind=config.weight_kind),
         prefix=prefix,
         tp=tp,
-        dtype=dtype,
         device=device,
     )
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from typing import Any, Final
 
+from tp_mamba.layers.weights import DENSE
 from tp_mamba.models.config import MambaConfig
-from tp_mamba.models.fields import dtype_name, get_dtype, get_field, get_token_id, get_token_ids
+from tp_mamba.models.fields import (
+    QUANTIZATION_KEYS,
+    dtype_name,
+    get_dtype,
+    get_field,
+    get_token_id,
+    get_token_ids,
+    get_weight_kind,
+)
 
 COMMON_KEYS: Final = frozenset(
     {
@@ -59,6 +68,7 @@ def parse_common(
         "eos_token_ids": get_token_ids(fields, "eos_token_id", eos),
         "pad_token_id": get_token_id(fields, "pad_token_id", pad),
         "dtype": get_dtype(fields),
+        "weight_kind": get_weight_kind(fields),
         "extra": {key: value for key, value in fields.items() if key not in COMMON_KEYS | known},
     }
 
@@ -87,4 +97,6 @@ def render_common(config: MambaConfig, architecture: str) -> dict[str, Any]:
         rendered["usable_vocab_size"] = config.usable_vocab_size
     if config.dtype is not None:
         rendered["dtype"] = dtype_name(config.dtype)
+    if config.weight_kind != DENSE and not any(key in config.extra for key in QUANTIZATION_KEYS):
+        rendered["quantization_config"] = {"quant_method": config.weight_kind}
     return rendered

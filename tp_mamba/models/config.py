@@ -10,6 +10,7 @@ from typing import Any, Final, Self
 import torch
 
 from tp_mamba.errors import ConfigError
+from tp_mamba.layers.weights import DENSE, weight_kinds
 from tp_mamba.models.fields import CORRECT_IT
 from tp_mamba.models.registry import family_of, get_family
 from tp_mamba.quoting import quoted
@@ -105,18 +106,28 @@ class MambaConfig:
     dtype: torch.dtype | None = None
     """Dtype the checkpoint declares; None where it declares none."""
 
+    weight_kind: str = DENSE
+    """What the weights of the projections are: ``"dense"``, or a kind registered with
+    :func:`tp_mamba.layers.weights.register_weight_kind`, whose name is ``quantization_config.quant_method``."""
+
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """Fields of the original config.json that nothing here reads; :meth:`to_dict` gives them back."""
 
     def __post_init__(self) -> None:
         get_family(self.model_type)
-        for name, allowed in (("mixer_norm", MIXER_NORMS), ("hidden_act", ACTIVATIONS)):
+        for name, allowed in (
+            ("mixer_norm", MIXER_NORMS),
+            ("hidden_act", ACTIVATIONS),
+            ("weight_kind", weight_kinds()),
+        ):
             if (value := getattr(self, name)) not in allowed:
                 raise ConfigError(
                     f"{name} is {quoted(value)}, supported are {', '.join(allowed)}: {USE_ANOTHER}"
                 )
         for name, limit in _LIMITS.items():
             size = getattr(self, name)
+            if not isinstance(size, int):
+                raise ConfigError(f"{name} is {quoted(size)}, it must be a whole number: {CORRECT_IT}")
             if size < 1:
                 raise ConfigError(f"{name} is {quoted(size)}, it must be at least 1: {CORRECT_IT}")
             if size > limit:

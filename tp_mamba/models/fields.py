@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 
 from tp_mamba.errors import ConfigError
+from tp_mamba.layers.weights import DENSE, weight_kinds
 from tp_mamba.quoting import quoted
 
 DTYPES: Final = {
@@ -18,6 +19,9 @@ DTYPES: Final = {
     "float64": torch.float64,
 }
 """The dtypes that a config.json may declare, by name."""
+
+QUANTIZATION_KEYS: Final = ("quantization_config", "compression_config")
+"""Where a config.json says that its weights are quantised."""
 
 CORRECT_IT: Final = "correct it, or take the config.json that belongs to the weights"
 """The remedy for a field that is damaged."""
@@ -120,6 +124,28 @@ def get_dtype(fields: Mapping[str, Any]) -> torch.dtype | None:
             "convert them to one of these"
         )
     return DTYPES[name.removeprefix("torch.")]
+
+
+def get_weight_kind(fields: Mapping[str, Any]) -> str:
+    """The kind of the weights: ``quantization_config.quant_method``, ``"dense"`` where nothing is quantised.
+
+    Raises:
+        ConfigError: no kind of that name is registered (:func:`tp_mamba.layers.weights.register_weight_kind`).
+    """
+    # Checkpoints of compressed-tensors before 2025 have the second name; transformers reads both.
+    key = next((key for key in QUANTIZATION_KEYS if fields.get(key) is not None), None)
+    if key is None:
+        return DENSE
+    method = get_field(fields, key, dict).get("quant_method")
+    if isinstance(method, str) and method in weight_kinds():
+        return method
+    how = (
+        "weights quantised in a way that it does not name" if method is None else f"{quoted(method)} weights"
+    )
+    raise ConfigError(
+        f"{key} declares {how}, and supported are {', '.join(weight_kinds())}: give the checkpoint that was quantised, "
+        "or dequantise this one with the program that made it"
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -18,6 +18,7 @@ from tp_mamba.models.fields import (
     get_rank,
     get_token_id,
     get_token_ids,
+    get_weight_kind,
     get_width,
 )
 from tp_mamba.models.mamba.config import refuse_other_layers
@@ -87,4 +88,5 @@ def parse_raw(fields: Mapping[str, Any]) -> dict[str, Any]:
         "eos_token_ids": get_token_ids(fields, "eos_token_id", 0),
         "pad_token_id": get_token_id(fields, "pad_token_id", 0),
         "dtype": get_dtype(fields),
+        "weight_kind": get_weight_kind(fields),
     }
