@@ -36,4 +36,4 @@ def agree_on_weights(tp: TensorParallel, model: MambaForCausalLM) -> None:
         if tensor.shard.dim is None:
             whole = tensor.param.detach().cpu().contiguous()
             digest.update(tensor.name.encode() + whole.view(torch.uint8).numpy().tobytes())
-    tp.same_everywhere(**{"the checkpoint's weights": digest.hexdigest()})
+    tp.same_everywhere(**{"the content of the checkpoint": digest.hexdigest()})
