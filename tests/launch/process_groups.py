@@ -6,7 +6,7 @@ import os
 import time
 
 
-def wait_until_empty(group: int, seconds: float = 10) -> None:
+def wait_until_empty(group: int, seconds: float = 120) -> None:
     """Wait for the end of every process of ``group``: multiprocessing's own helper leaves after its parent."""
     deadline = time.monotonic() + seconds
     while _exists(group):

@@ -38,7 +38,9 @@ def test_the_command_of_two_nodes_with_other_seeds(sample: Path, tmp_path: Path)
     )
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("tp-mamba ")]
-    assert "--seed differs between the ranks, rank 0 was given 0 and rank 1 1: give every rank the same" in line
+    assert (
+        "--seed differs between the ranks, rank 0 was given 0 and rank 1 1: give every rank the same" in line
+    )
 
 
 def told(tp: TensorParallel, folders: list[str], given: list[dict[str, object]]) -> str | None:
@@ -61,8 +63,16 @@ def other(sample: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("first", "second", "sentence"),
     [
-        ({"max_new_tokens": 3}, {"max_new_tokens": 30}, "--max-new-tokens differs between the ranks, rank 0 was given 3"),
-        ({"dtype": None}, {"dtype": "bfloat16"}, "--dtype differs between the ranks, rank 0 was given None and"),
+        (
+            {"max_new_tokens": 3},
+            {"max_new_tokens": 30},
+            "--max-new-tokens differs between the ranks, rank 0",
+        ),
+        (
+            {"dtype": None},
+            {"dtype": "bfloat16"},
+            "--dtype differs between the ranks, rank 0 was given None and",
+        ),
         ({"seed": 1, "chat": False}, {"seed": 1, "chat": False}, None),
     ],
 )
@@ -88,4 +98,6 @@ def test_other_weights(sample: Path, other: Path, ranks) -> None:
 
 def check(found: list[str | None], sentence: str | None) -> None:
     """Every rank ended with ``sentence`` and more, or none did."""
-    assert all(one is None if sentence is None else one is not None and one.startswith(sentence) for one in found)
+    assert all(
+        one is None if sentence is None else one is not None and one.startswith(sentence) for one in found
+    )

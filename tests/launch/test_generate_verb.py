@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tp_mamba.engine import engine
 from tp_mamba.launch import cli
 
 HERE = Path(__file__).parent
@@ -29,7 +31,7 @@ def command(
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=300,
         env=environment,
         **options,
     )
@@ -129,6 +131,39 @@ def test_a_checkpoint_without_tokenizer(
     assert "--tokenizer" in capsys.readouterr().err
 
 
+def test_max_batch_size_and_its_default(
+    sample: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["--prompt", "The", "--prompt", "We", "--prompt", "All"]
+    assert cli.main(arguments(sample, *prompts, "--json")) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    results = json.loads(out)["results"]
+    monkeypatch.setattr(engine, "fitting_batch", lambda *args: 2)
+    for extra, note in (([], "2 of 3 prompts run at a time"), (["--max-batch-size", "1"], "")):
+        assert cli.main(arguments(sample, *prompts, "--json", *extra)) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)["results"] == results
+        assert err.startswith(f"tp-mamba generate: note: {note}") if note else err == ""
+
+
+def test_chat_answers_in_the_checkpoints_template(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments(sample, "--chat", "--prompt", "We are")) == 1
+    assert "has no chat template" in capsys.readouterr().err
+    folder = Path(shutil.copytree(sample, tmp_path / "chat"))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}answer:"
+    (folder / "chat_template.jinja").write_text(template)
+    assert cli.main(arguments(folder, "--prompt", "user: We are\nanswer:", "--json")) == 0
+    plain = json.loads(capsys.readouterr().out)["results"][0]
+    assert cli.main(arguments(folder, "--chat", "--prompt", "We are", "--json")) == 0
+    answer = json.loads(capsys.readouterr().out)["results"][0]
+    assert answer == plain | {"prompt": "We are"}
+    assert cli.main(arguments(folder, "--chat", "--prompt", "We are")) == 0
+    assert capsys.readouterr().out.removesuffix("\n") == answer["text"]  # alone
+
+
 def test_two_ranks_from_the_command(sample: Path, expected: dict) -> None:
     script = BIN / "tp-mamba"
     done = command(script, *arguments(sample, "--prompt", "-", "--tp", "2", "--json"), input=PROMPT)
@@ -163,10 +198,11 @@ def test_two_gpus_from_the_command(sample: Path) -> None:
     assert report["ranks"] >= 2
 
 
-def test_two_ranks_from_torchrun(sample: Path, expected: dict) -> None:
+@pytest.mark.parametrize("module", [("tp_mamba.launch", "generate"), ("tp_mamba.launch.generate",)])
+def test_two_ranks_from_torchrun(module: tuple[str, ...], sample: Path, expected: dict) -> None:
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     argv = arguments(sample, "--prompt", "-")[1:]  # of the ranks' one standard input
-    done = command(*torchrun, "-m", "tp_mamba.launch.generate", *argv, input=PROMPT)
+    done = command(*torchrun, "-m", module[0], *module[1:], *argv, input=PROMPT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.removesuffix("\n") == PROMPT + expected["text"]  # once: only rank 0 talks
     assert done.stderr.count("2 x cpu, backend gloo") == 1
@@ -174,7 +210,7 @@ def test_two_ranks_from_torchrun(sample: Path, expected: dict) -> None:
 
 def test_an_error_under_torchrun_is_told_once(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = command(*torchrun, "-m", "tp_mamba.launch.generate", str(tmp_path / "none"), "--prompt", "x")
+    done = command(*torchrun, "-m", "tp_mamba.launch", "generate", str(tmp_path / "none"), "--prompt", "x")
     assert done.returncode == 1
     assert done.stderr.count("tp-mamba generate: error: ") == 1
 

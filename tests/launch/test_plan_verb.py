@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,26 @@ def test_more_ranks_than_channels(published: Path, capsys: pytest.CaptureFixture
     assert cli.main(["plan", str(published), "--tp", "6000"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "6000" in line
+
+
+@pytest.mark.parametrize("verb", ["plan", "info"])
+@pytest.mark.parametrize(
+    "absurd",
+    [
+        {"num_hidden_layers": 2_147_483_647},
+        {"hidden_size": 10**30},
+        {"vocab_size": 10**30},
+        {"state_size": 10**9},
+    ],
+)
+def test_absurd_sizes_take_no_time(
+    verb: str, absurd: dict[str, int], sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(sample, tmp_path / "absurd"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | absurd))
+    assert cli.main([verb, str(folder)]) == 1
+    out, err = capsys.readouterr()
+    assert len(out + err) < 3000
+    if not out:
+        assert next(iter(absurd)) in err

@@ -1,4 +1,4 @@
-"""Starting ranks through torchrun's launcher: results, and the first error when one ends."""
+"""Starting ranks: results, the first error when one ends, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import rank_jobs
+import torch
 from process_groups import wait_until_empty
 
 from tp_mamba.launch.ranks.failures import LaunchError
-from tp_mamba.launch.ranks.start import start_ranks
+from tp_mamba.launch.ranks.start import check_device, start_ranks
 
 HERE = Path(__file__).parent
 
@@ -69,20 +72,23 @@ def test_first_of_several_errors_wins(monkeypatch: pytest.MonkeyPatch, tmp_path:
         start_ranks(rank_jobs.all_raise, 0, size=2)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_every_rank(signum: signal.Signals) -> None:
-    code = (
-        f"import sys; sys.path.append({str(HERE)!r})\n"
-        "import rank_jobs\n"
-        "from tp_mamba.launch.ranks.signals import StoppedError\n"
-        "from tp_mamba.launch.ranks.start import start_ranks\n"
-        "try:\n"
-        "    start_ranks(rank_jobs.sleep_for_ever, size=2)\n"
-        "except StoppedError as stopped:\n"
-        "    sys.exit(100 + stopped.signum)\n"
-    )
+SLEEPERS = f"""
+import sys; sys.path.append({str(HERE)!r})
+import rank_jobs
+from tp_mamba.launch.ranks.signals import StoppedError
+from tp_mamba.launch.ranks.start import start_ranks
+try:
+    start_ranks(rank_jobs.sleep_for_ever, size=2)
+except StoppedError as stopped:
+    sys.exit(100 + stopped.signum)
+"""
+
+
+@contextmanager
+def sleepers(before: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """A launcher whose two ranks sleep, in a process group of its own; ``before`` is what it does first."""
     with subprocess.Popen(
-        [sys.executable, "-P", "-c", code],
+        [sys.executable, "-P", "-c", before + SLEEPERS],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -90,12 +96,60 @@ def test_a_signal_ends_every_rank(signum: signal.Signals) -> None:
         assert parent.stdout is not None
         try:
             assert [parent.stdout.readline() for _ in range(2)] == [b"started\n"] * 2
-            # The whole foreground group, as a terminal does on Ctrl-C.
-            os.killpg(parent.pid, signum)
-            _, err = parent.communicate(timeout=60)  # the launcher gives the ranks 30 of them
+            yield parent
         except BaseException:
             os.killpg(parent.pid, signal.SIGKILL)  # leaving the block waits for the parent
             raise
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_every_rank(signum: signal.Signals) -> None:
+    with sleepers() as parent:
+        os.killpg(parent.pid, signum)  # the whole foreground group, as a terminal does on Ctrl-C
+        _, err = parent.communicate(timeout=300)
     assert parent.returncode == 100 + signum
     assert err == b""
     wait_until_empty(parent.pid)
+
+
+def test_ignored_signals_end_no_rank() -> None:
+    # As nohup, and a shell for its background jobs, hand them down.
+    ignore = "import signal\nfor s in (signal.SIGINT, signal.SIGHUP): signal.signal(s, signal.SIG_IGN)\n"
+    with sleepers(ignore) as parent:
+        os.killpg(parent.pid, signal.SIGINT)
+        os.killpg(parent.pid, signal.SIGHUP)
+        os.killpg(parent.pid, signal.SIGTERM)  # delivered after those that came before
+        _, err = parent.communicate(timeout=300)
+    assert parent.returncode == 100 + signal.SIGTERM
+    assert err == b""
+    wait_until_empty(parent.pid)
+
+
+def test_a_launcher_that_is_killed_takes_its_ranks_along() -> None:
+    with sleepers() as parent:
+        parent.kill()
+        parent.communicate(timeout=300)
+    wait_until_empty(parent.pid)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "refused"), [(0, 4, False), (2, 2, False), (2, 4, True), (1, 2, True)]
+)
+def test_too_few_gpus_are_no_reason_for_a_cpu(
+    gpus: int, ranks: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for device, backend in ((None, None), ("cuda", None), (None, "nccl")):
+        asked_for_a_gpu = device is not None or backend is not None
+        if refused:
+            with pytest.raises(
+                ValueError, match=rf"^--tp {ranks} on a host with {gpus} GPUs?, and each rank"
+            ):
+                check_device(device, backend, ranks)
+        elif asked_for_a_gpu and not gpus:
+            with pytest.raises(ValueError, match="on a host where torch finds no GPU"):
+                check_device(device, backend, ranks)
+        else:
+            check_device(device, backend, ranks)
+    check_device("cpu", None, ranks)
+    check_device(None, "gloo", ranks)
