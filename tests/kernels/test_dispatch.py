@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tp_mamba.kernels.common.dispatch import use_triton
+from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
 
 
 def test_triton_serves_a_gpu_and_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +25,8 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert use_triton(torch.zeros(1, device="cuda"))
     assert not use_triton(torch.zeros(1, device="cuda", dtype=torch.float64))
+
+
+def test_a_tensor_without_data_goes_through_the_op() -> None:
+    assert calls_directly(torch.ones(1), None)
+    assert not calls_directly(torch.ones(1, device="meta"), None)
