@@ -194,10 +194,14 @@ def dt_proj_state_update_kernel(
         # B and C come from the L2, under the softplus: sooner, they would cost registers that a second program needs.
         of_thread = first_row + i * BLOCK_B + tl.arange(0, THREADS) // (BLOCK_D // PER_THREAD)
         b = _load_states(B_ptr + of_thread * B_stride_b, of_thread < batch, N, BLOCK_D, PER_THREAD)
-        c = _load_states(C_ptr + of_thread * C_stride_b, of_thread < batch, N, BLOCK_D, PER_THREAD)
+        # With a second block to follow, C comes after the softplus: before it, the ptxas of Triton 3.8 spills.
+        if i == BLOCKS - 1:
+            c = _load_states(C_ptr + of_thread * C_stride_b, of_thread < batch, N, BLOCK_D, PER_THREAD)
         if i == 0:
             delta = softplus_of_sum(product, bias).to(dt_ptr.dtype.element_ty)
             deltas = _blocks_of(delta, BLOCKS, BLOCK_B, BLOCK_D)
+        if i != BLOCKS - 1:
+            c = _load_states(C_ptr + of_thread * C_stride_b, of_thread < batch, N, BLOCK_D, PER_THREAD)
         delta = _in_other_layout(deltas[i], BLOCK_B, BLOCK_D)
         after, y = token_of_states(h, a, skip, skip, x, delta, z, b, c, N, HAS_D, HAS_Z, False, False)
         p_out = _rows(out_ptr, rows * out_stride_b, first_d, d, PER_THREAD)
