@@ -18,8 +18,3 @@ def strides_in_words(x: torch.Tensor, size: int, dim: int = -1) -> tuple[int, ..
         if stride % size and i != contiguous and x.shape[i] > 1:
             return None
     return strides
-
-
-def in_words(size: int, *tensors: torch.Tensor) -> bool:
-    """:func:`strides_in_words` of the last dimension, for each of ``tensors``."""
-    return all(strides_in_words(x, size) is not None for x in tensors)

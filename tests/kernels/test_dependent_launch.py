@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -114,7 +115,9 @@ def moved(ptx: str, instruction: str) -> str:
 def test_a_wait_too_late_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a norm whose residual, x and output are read or written, one after the other, ahead of the wait."""
     compiled = compiled_for("norm of a sum", monkeypatch)
-    ptx = compiled.asm["ptx"]
+    ptx = re.sub(
+        r"(griddepcontrol\.\w+)\s*;", r"\1;", compiled.asm["ptx"]
+    )  # Triton 3.9 puts a blank before it
 
     def read_in(text: str) -> set[str]:
         return read_ahead(SimpleNamespace(asm={"ptx": text}, metadata=compiled.metadata, src=compiled.src))

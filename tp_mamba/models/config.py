@@ -10,13 +10,13 @@ from typing import Any, Final, Self
 import torch
 
 from tp_mamba.errors import ConfigError
+from tp_mamba.kernels.common.limits import ACTIVATIONS, MAX_CONV_WIDTH, MAX_STATE_SIZE, MIN_CONV_WIDTH
 from tp_mamba.layers.weights import DENSE, weight_kinds
 from tp_mamba.models.fields import CORRECT_IT
 from tp_mamba.models.registry import family_of, get_family
 from tp_mamba.quoting import quoted
 
 MIXER_NORMS: Final = ("none", "weightless", "weighted")
-ACTIVATIONS: Final = ("silu", "swish")
 
 MAX_SIZE: Final = 2**24
 """Largest size of any dimension, three hundred times the widest published model's."""
@@ -132,13 +132,14 @@ class MambaConfig:
                 raise ConfigError(f"{name} is {quoted(size)}, it must be at least 1: {CORRECT_IT}")
             if size > limit:
                 raise ConfigError(f"{name} is {quoted(size)}, it must be at most {limit:,}: {CORRECT_IT}")
-        if not 1 <= self.state_size <= 256:
+        if not 1 <= self.state_size <= MAX_STATE_SIZE:
             raise ConfigError(
-                f"state_size is {quoted(self.state_size)}, the kernels take 1 to 256: {USE_ANOTHER}"
+                f"state_size is {quoted(self.state_size)}, the kernels take 1 to {MAX_STATE_SIZE}: {USE_ANOTHER}"
             )
-        if not 2 <= self.conv_kernel <= 4:
+        if not MIN_CONV_WIDTH <= self.conv_kernel <= MAX_CONV_WIDTH:
             raise ConfigError(
-                f"conv_kernel is {quoted(self.conv_kernel)}, the kernels take widths 2 to 4: {USE_ANOTHER}"
+                f"conv_kernel is {quoted(self.conv_kernel)}, the kernels take widths {MIN_CONV_WIDTH} to "
+                f"{MAX_CONV_WIDTH}: {USE_ANOTHER}"
             )
         for name in ("layer_norm_epsilon", "mixer_rms_eps"):
             if not (math.isfinite(eps := getattr(self, name)) and eps >= 0):
