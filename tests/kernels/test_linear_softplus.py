@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from kernel_testing import (
     assert_within_twice,
     compile_as_launched,
     double,
+    sass_of,
     specialization,
     stack_bytes,
     to,
@@ -305,30 +305,30 @@ def test_programs_fill_the_gpu_once(T: int, D: int) -> None:
     assert programs >= 0.9 * 264 or shape.tiles == 1
 
 
-@pytest.mark.parametrize(
-    ("T", "D", "R", "dtype"),
-    [
-        (8193, 256, 256, torch.bfloat16),
-        (8193, 256, 160, torch.float16),
-        (80, 256, 256, torch.bfloat16),
-        (40, 256, 160, torch.bfloat16),
-        (80, 256, 512, torch.bfloat16),
-        (80, 256, 256, torch.float32),
-        (65, 4096, 256, torch.bfloat16),
-        (64, 4096, 256, torch.bfloat16),
-        (17, 4096, 256, torch.bfloat16),
-        (16, 4096, 256, torch.bfloat16),
-        (8, 256, 256, torch.bfloat16),
-        (8, 256, 256, torch.float32),
-    ],
-)
-def test_compiles_for_hopper_without_spills(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, T: int, D: int, R: int, dtype: torch.dtype
+COMPILED = [
+    (8193, 256, 256, torch.bfloat16),
+    (8193, 256, 160, torch.float16),
+    (80, 256, 256, torch.bfloat16),
+    (40, 256, 160, torch.bfloat16),
+    (80, 256, 512, torch.bfloat16),
+    (80, 256, 256, torch.float32),
+    (65, 4096, 256, torch.bfloat16),
+    (64, 4096, 256, torch.bfloat16),
+    (17, 4096, 256, torch.bfloat16),
+    (16, 4096, 256, torch.bfloat16),
+    (8, 256, 256, torch.bfloat16),
+    (8, 256, 256, torch.float32),
+]
+"""T, D, R, dtype of every class of calls."""
+
+
+@pytest.mark.parametrize(("T", "D", "R", "dtype"), COMPILED)
+def test_one_instruction_for_each_class_of_calls(
+    monkeypatch: pytest.MonkeyPatch, T: int, D: int, R: int, dtype: torch.dtype
 ) -> None:
+    """One up to 64 tokens, one above: a row's bits are the same where the tile is another."""
     _, *recorded = record(monkeypatch, make(T, D, R, dtype))
     compiled = compile_as_launched(*recorded)
-    assert stack_bytes(compiled, tmp_path) == 0
-    # One instruction up to 64 tokens, one above: a row's bits are the same where the tile is another.
     products = re.findall(r"\b(?:wgmma\.mma_async|mma)\.sync\.aligned\.m\d+n\d+\S+", compiled.asm["ptx"])
     kinds = {re.sub(r"(m64)n\d+", r"\1", product) for product in products}
     if dtype == torch.float32:
@@ -341,19 +341,23 @@ def test_compiles_for_hopper_without_spills(
 
 
 @pytest.mark.pinned_toolchain
+@pytest.mark.parametrize(("T", "D", "R", "dtype"), COMPILED)
+def test_compiles_for_hopper_without_spills(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, T: int, D: int, R: int, dtype: torch.dtype
+) -> None:
+    _, *recorded = record(monkeypatch, make(T, D, R, dtype))
+    assert stack_bytes(compile_as_launched(*recorded), tmp_path) == 0
+
+
+@pytest.mark.pinned_toolchain
 def test_two_programs_share_a_hopper_multiprocessor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The softplus of one then hides behind the product of the other; and few instructions go beside the softplus."""
-    from triton import knobs
-
     name, *recorded = record(monkeypatch, make(8193, 256, 256, torch.bfloat16))
     assert name == "_streaming_kernel"
     compiled = compile_as_launched(*recorded)
     reserved, of_multiprocessor = 1024, 228 * 1024
     assert 2 * (compiled.metadata.shared + reserved) <= of_multiprocessor
-    stack_bytes(compiled, tmp_path)
-    command = [knobs.nvidia.cuobjdump.path, "-sass", str(tmp_path / "kernel.cubin")]
-    sass = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(?!NOP)\S", sass, re.MULTILINE)
+    instructions = [op for op in sass_of(compiled, tmp_path) if op != "NOP"]
     outputs_a_thread = 64 * 128 // 128
     assert 17 * outputs_a_thread < len(instructions) < 30 * outputs_a_thread
 
