@@ -20,6 +20,13 @@ def test_float64_never_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not use_triton(torch.zeros(1, dtype=torch.float64))
 
 
+def test_an_op_is_called_directly_where_nobody_looks_on() -> None:
+    x = torch.zeros(2)
+    assert calls_directly(x, None, torch.nn.Parameter(x))
+    assert not calls_directly(x.to("meta"))  # only the registered op knows shapes without values
+    assert not calls_directly(x, torch.nn.Buffer(x).as_subclass(type("Marked", (torch.Tensor,), {})))
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
