@@ -19,7 +19,7 @@ from tp_mamba.quoting import quoted
 MIXER_NORMS: Final = ("none", "weightless", "weighted")
 
 MAX_SIZE: Final = 2**24
-"""Largest size of any dimension, three hundred times the widest published model's."""
+"""Largest size of any dimension: 256 times the largest published vocabulary, 1024 times the widest mixer."""
 MAX_LAYERS: Final = 4096
 """Most blocks of a model. Building one without memory, as a plan does, takes about a millisecond a block."""
 
