@@ -11,6 +11,7 @@ from contextvars import ContextVar
 
 import torch
 
+from tp_mamba.kernels.common.dtypes import wide_dtype
 from tp_mamba.parallel.module import ShardedModule
 
 _SKIP: ContextVar[bool] = ContextVar("tp_mamba_skip_init", default=False)
@@ -36,9 +37,7 @@ def initialize(module: ShardedModule, name: str, draw: Callable[[torch.Tensor], 
     param = getattr(module, name)
     if _SKIP.get() or param.is_meta:
         return
-    full = torch.empty(
-        module.shards[name].shape, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device
-    )
+    full = torch.empty(module.shards[name].shape, dtype=wide_dtype(param.dtype), device=param.device)
     draw(full)
     module.load_full(name, full)
 
