@@ -113,7 +113,7 @@ def execute(args: argparse.Namespace, teller: Teller) -> int:
         name = error.failure.error if isinstance(error, LaunchError) else type(error).__name__
         if name == "BrokenPipeError":
             return READER_LEFT
-        teller.tell(error, debug=args.debug)
+        teller.tell(error, about=args.checkpoint, debug=args.debug)
         return 2 if isinstance(error, UsageError) else 1
     finally:
         if failed:

@@ -145,8 +145,11 @@ class Teller:
         """Inside, SIGTERM ends a rank of torchrun's with a sentence, unless one has been told; others as ever."""
         return on_sigterm(self._tell_end) if under_torchrun() else nullcontext()
 
-    def tell(self, error: Exception, *, debug: bool) -> None:
-        """Tell ``error`` if this rank is to, and leave it for torchrun's own report; ``debug`` adds its stack."""
+    def tell(self, error: Exception, *, about: str, debug: bool) -> None:
+        """Tell ``error`` if this rank is to, and leave it for torchrun's own report; ``debug`` adds its stack.
+
+        ``about`` is the checkpoint: the errors of libraries do not say what they were about.
+        """
         rank = int(os.environ.get("RANK", "0"))
         with self._turn:  # SIGTERM waits for the end of this, and then ends the process silently
             self._had_its_turn = True
@@ -158,7 +161,8 @@ class Teller:
             tells = is_teller(failure)
             if tells:
                 where = f"rank {rank}: " if rank and not failure.consequence else ""
-                tell(self._verb, "error", f"{where}{failure.sentence}")
+                named = isinstance(error, ValueError | OSError | RuntimeError) or about in failure.sentence
+                tell(self._verb, "error", f"{where}{failure.sentence}" + ("" if named else f" ({about})"))
         if failure.consequence or not tells:
             time.sleep(GRACE_S)
 

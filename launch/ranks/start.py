@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -226,8 +227,12 @@ def make_tensor_parallel(device: str | None, backend: str | None) -> TensorParal
         tp = TensorParallel.from_env(backend or BACKENDS.get(device))
     else:
         tp = TensorParallel(device=device or ("cpu" if backend == "gloo" else None))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if tp.device.type == "cpu" and local_ranks > 1:
+    local_ranks = 1
+    if tp.device.type == "cpu" and tp.size > 1:
+        # SLURM and mpirun do not set LOCAL_WORLD_SIZE; the devices of all ranks are alike, so all come here.
+        hosts = tp.all_gather_object(platform.node())
+        local_ranks = hosts.count(hosts[tp.rank])
+    if local_ranks > 1:
         # Ranks on one host would each take every core and fight over them; or one, as torchrun has it. A process on
         # its own keeps what torch, or OMP_NUM_THREADS, has chosen.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))

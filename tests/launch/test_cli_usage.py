@@ -7,16 +7,19 @@ import io
 import json
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
+from tp_mamba.checkpoint.leftovers import LeftoverWarning
 from tp_mamba.launch import cli
 from tp_mamba.launch.arguments import rank_count, rank_counts
 from tp_mamba.launch.prompts import read_prompts
 from tp_mamba.launch.ranks.start import make_tensor_parallel, resolve_rank_count
+from tp_mamba.launch.verbs import info
 from tp_mamba.parallel.group import TensorParallel
 
 
@@ -218,3 +221,36 @@ def test_several_errors_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"})[:-1] + "\n\n")
     assert cli.main(["info", str(tmp_path)]) == 1
     assert "config.json" in error_line(capsys)
+
+
+def test_an_error_of_a_library_names_the_checkpoint(
+    sample: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflow(folder: Path) -> dict:
+        raise OverflowError("too deep")
+
+    monkeypatch.setattr(info, "inspect_checkpoint", overflow)
+    assert cli.main(["info", str(sample)]) == 1
+    assert error_line(capsys) == f"tp-mamba info: error: OverflowError: too deep ({sample})"
+
+
+def test_notes_of_this_package_are_sentences(
+    sample: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noting(folder: Path) -> dict:
+        warnings.warn("removed .x.new, which a killed writer had left", LeftoverWarning, stacklevel=2)
+        return report(folder)
+
+    report = info.inspect_checkpoint
+    monkeypatch.setattr(info, "inspect_checkpoint", noting)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["info", str(sample), "--json"]) == 0
+    assert error_line_of(capsys.readouterr().err) == (
+        "tp-mamba info: note: removed .x.new, which a killed writer had left"
+    )
+
+
+def error_line_of(err: str) -> str:
+    (line,) = err.splitlines()
+    return line

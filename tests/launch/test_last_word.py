@@ -17,7 +17,7 @@ from tp_mamba.launch.ranks.failures import Teller, sigterm_sentence
 RANK_THAT_IS_ENDED = """
 import ctypes, os, signal, sys, time
 from tp_mamba.launch import cli
-from tp_mamba.launch.output import write
+from tp_mamba.launch.console import write
 from tp_mamba.launch.ranks import failures
 
 def sigterm():
