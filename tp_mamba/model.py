@@ -58,7 +58,8 @@ class MambaForCausalLM(CausalLM):
         """Load a published checkpoint, or one that ``tp-mamba shard`` wrote; every rank calls this.
 
         Each rank reads its own slices only, one tensor at a time, straight to its device. Where generation_config.json
-        names end-of-text ids, they take the place of those in config.json; nothing else of it is applied.
+        names end-of-text ids or the id of padding, they take the place of those in config.json; nothing else of it is
+        applied.
 
         Args:
             path_or_name: a folder, or a name on the Hugging Face hub, which is downloaded.
@@ -75,8 +76,11 @@ class MambaForCausalLM(CausalLM):
         with tp.agreed():
             folder = resolve(path_or_name)
             config = MambaConfig.from_pretrained(folder)
-            if (ends := read_companions(folder).eos_token_ids) is not None:
-                config = replace(config, eos_token_ids=ends)
+            companions = read_companions(folder)
+            if companions.eos_token_ids is not None:
+                config = replace(config, eos_token_ids=companions.eos_token_ids)
+            if companions.pad_token_id is not None:
+                config = replace(config, pad_token_id=companions.pad_token_id)
             source = open_source(folder, rank=tp.rank, size=tp.size)
             refuse_other_depth(config, source)
             if dtype is None and config.dtype is None:

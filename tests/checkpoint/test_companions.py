@@ -27,10 +27,9 @@ def test_none_at_all(tmp_path):
     ("value", "ids"), [(2, (2,)), ([2, 519], (2, 519)), (None, None), ([], ()), (0, (0,))]
 )
 def test_ends_of_text(value, ids, tmp_path):
-    write(tmp_path, generation_config={"eos_token_id": value, "bos_token_id": 1, "temperature": 0.6})
+    write(tmp_path, generation_config={"eos_token_id": value, "pad_token_id": 1, "temperature": 0.6})
     found = read_companions(tmp_path)
-    assert (found.eos_token_ids, found.bos_token_id, found.pad_token_id) == (ids, 1, None)
-    assert found.generation["temperature"] == 0.6
+    assert (found.eos_token_ids, found.pad_token_id) == (ids, 1)
 
 
 def test_tokens(tmp_path):
@@ -75,7 +74,7 @@ def test_several_chat_templates(tmp_path):
         ({"generation_config": "[1]"}, r"generation_config\.json holds a JSON list, it must be an object"),
         ({"generation_config": {"eos_token_id": "</s>"}}, "eos_token_id is '</s>', it must be a token id"),
         ({"generation_config": {"eos_token_id": [2, True]}}, "eos_token_id is True, it must be a token id"),
-        ({"generation_config": {"bos_token_id": -1}}, "bos_token_id is -1, it must be a token id"),
+        ({"generation_config": {"pad_token_id": -1}}, "pad_token_id is -1, it must be a token id"),
         ({"tokenizer_config": {"eos_token": 3}}, "eos_token is 3, it must be a string, or an object with"),
         ({"tokenizer_config": {"chat_template": 3}}, "chat_template is 3, it must be a template, or a list"),
         ({"tokenizer_config": {"chat_template": [{"name": "a"}]}}, "it must be a template, or a list"),

@@ -1,9 +1,10 @@
-"""generation_config.json: its ends of text count, its sampling defaults do not."""
+"""generation_config.json: its ends of text and its padding count, its sampling defaults do not."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from model_factory import greedy, save_case
 
 from tp_mamba.model import MambaForCausalLM
@@ -41,3 +42,14 @@ def test_without_one_the_configs_own_counts_and_sampling_defaults_do_not(
     defaults = {"do_sample": True, "temperature": 5.0, "max_new_tokens": 2, "repetition_penalty": 9.0}
     assert generated(folder, defaults) == (free, "length")
     assert MambaForCausalLM.from_pretrained(folder).config.eos_token_ids == (0,)
+
+
+def test_the_id_of_padding_is_the_one_declared_there(saved: tuple[Path, list[int]]) -> None:
+    """Rows of a tensor that begin with it, some more often than others, are not taken for prompts as they stand."""
+    folder, _ = saved
+    prompts = torch.tensor([[7, *PROMPT], [5, 6, 7, 8]])
+    generated(folder, {})
+    assert len(MambaForCausalLM.from_pretrained(folder).generate(prompts, max_new_tokens=1)) == 2
+    generated(folder, {"pad_token_id": 7})
+    with pytest.raises(ValueError, match="begin with the id 7, others do not, so it may be padding"):
+        MambaForCausalLM.from_pretrained(folder).generate(prompts, max_new_tokens=1)

@@ -36,14 +36,8 @@ class Companions:
     eos_token_ids: tuple[int, ...] | None = None
     """Ids that end a text, from generation_config.json; None where it names none, so that config.json decides."""
 
-    bos_token_id: int | None = None
-    """Id that begins a text, from generation_config.json."""
-
     pad_token_id: int | None = None
-    """Id of padding, from generation_config.json."""
-
-    generation: Mapping[str, Any] = field(default_factory=dict)
-    """generation_config.json as it is: ``temperature``, ``top_k`` and so on; empty where there is none."""
+    """Id of padding, from generation_config.json; None where it names none, so that config.json decides."""
 
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     """tokenizer_config.json as it is; empty where there is none."""
@@ -77,9 +71,7 @@ def read_companions(folder: str | Path) -> Companions:
     where = folder / GENERATION_CONFIG
     return Companions(
         eos_token_ids=_ids(where, "eos_token_id", generation.get("eos_token_id")),
-        bos_token_id=_id(where, "bos_token_id", generation.get("bos_token_id")),
         pad_token_id=_id(where, "pad_token_id", generation.get("pad_token_id")),
-        generation=generation,
         tokenizer=tokenizer,
         special_tokens=_special_tokens(folder, tokenizer),
         added_tokens=_added_tokens(folder, tokenizer),
