@@ -14,6 +14,9 @@ DTYPES: dict[str, torch.dtype] = {
 
 FLOATS = frozenset(DTYPES.values())
 
+HALVES = frozenset((torch.bfloat16, torch.float16))
+"""The dtypes of 16 bits, which tensor cores multiply with sums in float32."""
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that values of ``dtype`` are summed in: float64 for float64, else float32."""

@@ -18,7 +18,7 @@ PER_THREAD = 2
 """Adjacent channels of a row that a thread owns, with all their states."""
 
 MAX_RANK = 256
-"""Of dt_proj: a program multiplies its part of the weight in one product."""
+"""The largest R: a program multiplies its part of dt_proj's weight in one product."""
 
 REGISTERS = 128
 """Per thread: 16 warps then share an SM, whose loads in flight are 64 KB of states."""

@@ -24,6 +24,7 @@ from tp_mamba.kernels.common.alignment import strides_in_words
 from tp_mamba.kernels.common.approximations import LOG2_E, softplus_of_sum
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
 from tp_mamba.kernels.common.dialect import add, jit_by_type
+from tp_mamba.kernels.common.dtypes import HALVES
 from tp_mamba.kernels.common.recurrence import token_of_states
 from tp_mamba.kernels.dt_proj_state_update.arguments import DtProjStateUpdate
 from tp_mamba.kernels.dt_proj_state_update.launch import (
@@ -35,8 +36,6 @@ from tp_mamba.kernels.dt_proj_state_update.launch import (
     LaunchPlan,
 )
 
-DTYPES = frozenset((torch.bfloat16, torch.float16))
-"""Of activations and weight: what a tensor core multiplies."""
 STATE_SIZES = (4, 8, 16)
 """Whole loads of four states of B and C; the states of a thread's channels leave room for a second program."""
 
@@ -222,7 +221,7 @@ def strides_if_served(call: DtProjStateUpdate) -> tuple[int, ...] | None:
     """
     state, x, dt, weight, bias, A, B, C, D, z = call[:10]
     out, dtype = call.out, x.dtype
-    if dtype not in DTYPES or dt.dtype != dtype or out.dtype != dtype or (z is not None and z.dtype != dtype):
+    if dtype not in HALVES or dt.dtype != dtype or out.dtype != dtype or (z is not None and z.dtype != dtype):
         return None
     channels, n = A.shape
     if n not in STATE_SIZES or channels % BLOCK_D or dt.shape[1] > MAX_RANK:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from tp_mamba.kernels.common.dtypes import wide_dtype
+
 
 def dt_proj_state_update_reference(
     state: torch.Tensor,
@@ -26,7 +28,7 @@ def dt_proj_state_update_reference(
     pad_slot_id: int = -1,
 ) -> torch.Tensor:
     """As :func:`tp_mamba.kernels.dt_proj_state_update.dt_proj_state_update`; ``state`` is written in place."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x.dtype)
     out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     for row in range(x.shape[0]):
         slot = row if state_batch_indices is None else int(state_batch_indices[row])

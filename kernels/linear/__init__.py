@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from tp_mamba.kernels.common.checks import check_device, refuse_grad
 from tp_mamba.kernels.common.device import device_properties
 from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
+from tp_mamba.kernels.common.dtypes import HALVES
 from tp_mamba.kernels.common.remember import Form, Key, forms, key_of, remembered
 from tp_mamba.kernels.common.static_operands import declare_static_operands
 from tp_mamba.kernels.linear.cpu import linear_by_blocks, prefers_blocks, skinny_linear_cpu, slices_cpu
 from tp_mamba.kernels.linear.launch import (
-    DTYPES,
     MAX_ROWS,
     prefers_skinny,
     prefers_slices,
@@ -238,7 +238,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
 @remembered
 def _check_forms(x_key: Key, weight_key: Key) -> None:
     x, weight = Form(*x_key), Form(*weight_key)
-    if x.dtype not in DTYPES:
+    if x.dtype not in HALVES:
         raise ValueError(f"{_OP}: x has dtype {x.dtype} but must be bfloat16 or float16; {_ELSEWHERE}")
     if weight.dtype != x.dtype:
         raise ValueError(

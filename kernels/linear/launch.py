@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from tp_mamba.kernels.common.device import INTERPRETED, DeviceProperties
+from tp_mamba.kernels.common.dtypes import HALVES
 from tp_mamba.kernels.common.integers import cdiv, next_power_of_2
 
 MAX_ROWS = 128
 """Rows up to which a product with a narrow weight is bound by reading it; with a wide weight up to half as many."""
-
-DTYPES = (torch.bfloat16, torch.float16)
 
 _MOST_BLOCK_M = 64
 
@@ -94,7 +93,7 @@ def prefers_skinny(
 
     Rows of k that are no multiple of 16 could not be loaded 16 bytes at a time.
     """
-    if dtype not in DTYPES or not 1 <= M <= MAX_ROWS:
+    if dtype not in HALVES or not 1 <= M <= MAX_ROWS:
         return False
     if out_size <= _NARROW_PRODUCT:
         return k >= 2048 and k % 16 == 0 and (M <= 64 or k <= 4096)

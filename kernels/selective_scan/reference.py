@@ -11,6 +11,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from tp_mamba.kernels.common.dtypes import wide_dtype
+
 
 def selective_scan_reference(
     u: torch.Tensor,
@@ -37,7 +39,7 @@ def selective_scan_reference(
         (float64 for float64 ``u``). Tokens outside ``query_start_loc`` are zero in ``out``. With ``save_states_every``
         also ``saved_states``, in which rows that no sequence has are zero.
     """
-    dtype = torch.promote_types(u.dtype, torch.float32)
+    dtype = wide_dtype(u.dtype)
     n = A.shape[1]
 
     def channels_by_state(x: torch.Tensor) -> torch.Tensor:

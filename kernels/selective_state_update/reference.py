@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from tp_mamba.kernels.common.dtypes import wide_dtype
+
 
 def selective_state_update_reference(
     state: torch.Tensor,
@@ -26,7 +28,7 @@ def selective_state_update_reference(
     pad_slot_id: int = -1,
 ) -> torch.Tensor:
     """As :func:`tp_mamba.kernels.selective_state_update.selective_state_update`; ``state`` is written in place."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = wide_dtype(x.dtype)
     out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     groups = B.shape[1] if B.dim() == 3 else 1
     group_size = x[0].numel() // groups

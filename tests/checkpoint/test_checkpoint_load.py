@@ -176,7 +176,7 @@ def test_wrong_dtype(damaged, dtype):
     short = str(dtype).removeprefix("torch.")
     refuse(
         damaged({f"{MIXER}.out_proj.weight": tensor}),
-        rf"out_proj\.weight has dtype {short}, supported are float16",
+        rf"out_proj\.weight has dtype {short}, supported are float32",
     )
 
 

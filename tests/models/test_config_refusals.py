@@ -90,7 +90,7 @@ from tp_mamba.config import MambaConfig
         (HF | {"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon is -1e-05, it must be a finite number"),
         (
             HF | {"torch_dtype": "int8"},
-            "dtype is 'int8', supported are float16, bfloat16, float32, float64: name the one",
+            "dtype is 'int8', supported are float32, bfloat16, float16, float64: name the one",
         ),
         (HF | {"usable_vocab_size": 50281}, "usable_vocab_size is 50281, it must be 1 to vocab_size"),
         (JAMBA | {"mamba_d_conv": 5}, "conv_kernel is 5"),

@@ -10,8 +10,9 @@ import torch
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.names import Naming, filed, naming_of
-from tp_mamba.checkpoint.refusals import WEIGHT_DTYPES, Differences, refusal_of
+from tp_mamba.checkpoint.refusals import Differences, refusal_of
 from tp_mamba.checkpoint.sources.base import TensorSource
+from tp_mamba.kernels.common.dtypes import FLOATS
 from tp_mamba.models.names import EMBEDDING, LM_HEAD
 from tp_mamba.models.registry import Family
 from tp_mamba.parallel.sharding import Shard, ShardedTensor
@@ -224,7 +225,7 @@ def _find(
 def _fits(entry: Entry, source: TensorSource, name: str) -> bool:
     """Whether the parameter can hold what the file does: any weight's dtype, or its own where that is not one."""
     held = entry.tensor.param.dtype
-    allowed = WEIGHT_DTYPES if held in WEIGHT_DTYPES else (held,)
+    allowed = FLOATS if held in FLOATS else {held}
     try:
         return source.dtype(name) in allowed
     except CheckpointError:  # a dtype that torch does not have

@@ -17,12 +17,11 @@ from tp_mamba.checkpoint.dtype import quantized_tensor
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.names import Naming
 from tp_mamba.checkpoint.sources.base import TensorSource
+from tp_mamba.kernels.common.dtypes import DTYPES
 from tp_mamba.models.config import MambaConfig
 from tp_mamba.models.names import LM_HEAD
 from tp_mamba.models.registry import get_family
 from tp_mamba.quoting import shown
-
-WEIGHT_DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _ADAPTER: Final = re.compile(
     r"\.(lora_[A-Za-z_]+|base_layer|modules_to_save|ia3_l|oft_r|hada_w1_a)(\.|$)|prompt_"
@@ -69,7 +68,7 @@ def refusal_of(found: Differences, source: TensorSource, naming: Naming) -> str 
 
 
 def _quantized(found: Differences, source: TensorSource) -> str | None:
-    supported = ", ".join(map(_short, WEIGHT_DTYPES))
+    supported = ", ".join(DTYPES)
     if found.wrong_dtype:
         name = found.wrong_dtype[0]
         quantized = quantized_tensor(source)

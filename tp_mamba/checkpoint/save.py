@@ -16,6 +16,7 @@ from tp_mamba.checkpoint.files import CONFIG, SAFETENSORS, copy_companions, writ
 from tp_mamba.checkpoint.names import filed
 from tp_mamba.checkpoint.replace import replacing, writing
 from tp_mamba.checkpoint.safetensors_writer import SafetensorsWriter, Spec, nbytes, write_order
+from tp_mamba.kernels.common.dtypes import wide_dtype
 from tp_mamba.models.base import CausalLM
 from tp_mamba.models.config import MambaConfig
 from tp_mamba.models.registry import get_family
@@ -181,4 +182,4 @@ def _declared_dtype(written: set[torch.dtype]) -> torch.dtype | None:
 
 def _file_dtype(tensor: ShardedTensor) -> torch.dtype:
     held = tensor.param.dtype
-    return (tensor.file_dtype or torch.promote_types(held, torch.float32)) if tensor.shard.wide else held
+    return (tensor.file_dtype or wide_dtype(held)) if tensor.shard.wide else held

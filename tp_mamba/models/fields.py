@@ -9,16 +9,9 @@ from typing import Any, Final
 import torch
 
 from tp_mamba.errors import ConfigError
+from tp_mamba.kernels.common.dtypes import DTYPES
 from tp_mamba.layers.weights import DENSE, weight_kinds
 from tp_mamba.quoting import quoted
-
-DTYPES: Final = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
-"""The dtypes that a config.json may declare, by name."""
 
 QUANTIZATION_KEYS: Final = ("quantization_config", "compression_config")
 """Where a config.json says that its weights are quantised."""
@@ -113,7 +106,7 @@ def get_dtype(fields: Mapping[str, Any]) -> torch.dtype | None:
     """The declared dtype: ``dtype``, or ``torch_dtype`` in files before transformers 5; None if there is none.
 
     Raises:
-        ConfigError: it is not one of :data:`DTYPES`.
+        ConfigError: it is none that is supported.
     """
     name = fields.get("dtype", fields.get("torch_dtype"))
     if name in (None, "auto"):
