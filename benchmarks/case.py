@@ -23,7 +23,7 @@ class Workload:
     check: Callable[[], Sequence[Error]]
     """Runs it once, on outputs poisoned where they are given, and compares them with float64."""
     measure: Callable[[int], Samples]
-    """So many samples of it: seconds a call, or a ratio."""
+    """So many samples of it: seconds per call, or a ratio."""
     limit: float | None = None
     """The least it can take, in seconds, where only a run beside it can tell."""
 

@@ -88,7 +88,7 @@ def _exponentials(device: torch.device) -> float:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Of one ``run``, the median of :data:`SAMPLES` back to back, after as many that are not counted."""
+    """Seconds of one ``run``: the median of :data:`SAMPLES` back to back, after as many that are not counted."""
     stamps = [torch.cuda.Event(enable_timing=True) for _ in range(SAMPLES + 1)]
     for _ in range(SAMPLES):
         run()

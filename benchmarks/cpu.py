@@ -36,7 +36,7 @@ MODEL = MambaConfig(
     vocab_size=50_280,
 )
 THREADS = 2
-"""Of the recorded times."""
+"""Threads that the recorded times were taken with."""
 PROMPT, NEW = 32, 32
 FLOAT32_PREFIX = 128
 """Tokens over which the reference is also run in float32, to see what rounding alone costs."""

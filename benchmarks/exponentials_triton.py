@@ -12,7 +12,7 @@ from tp_mamba.kernels.common.approximations import ex2
 
 _BLOCK, _WARPS = 1024, 4
 _PROGRAMS = 16
-"""A multiprocessor, all at once: 64 warps of eight chains a thread."""
+"""A multiprocessor, all at once: 64 warps of eight chains per thread."""
 _ROUNDS = 4096
 
 

@@ -24,7 +24,7 @@ class Launch:
     kernels: tuple[str, ...]
     microseconds: float
     bytes: int | None
-    """Of all its tensors, in and out, each counted once; None if the operator was not seen."""
+    """Bytes of all its tensors, in and out, each counted once; None if the operator was not seen."""
 
 
 class Traffic(TorchDispatchMode):

@@ -22,7 +22,7 @@ def by_bytes_of_a_step(count: float) -> Limit:
 
 
 def by_exponentials(tokens: int, channels: int, states: int) -> Limit:
-    """A scan's exponentials: one a state, and four for softplus and gate, at every token of every channel."""
+    """A scan's exponentials: one per state, and four for softplus and gate, at every token of every channel."""
     return lambda gpu: tokens * channels * (states + 4) / gpu.exponentials
 
 
@@ -32,12 +32,12 @@ def by_flops(count: float) -> Limit:
 
 
 def side_by_side(*limits: Limit) -> Limit:
-    """Of what runs at the same time: the longest of ``limits``."""
+    """The limit of what runs at the same time: the longest of ``limits``."""
     return lambda gpu: max(limit(gpu) for limit in limits)
 
 
 def in_turn(*limits: Limit) -> Limit:
-    """Of what runs one after the other: the sum of ``limits``."""
+    """The limit of what runs one after the other: the sum of ``limits``."""
     return lambda gpu: sum(limit(gpu) for limit in limits)
 
 

@@ -129,4 +129,4 @@ CPU_PREFILL: dict[int, Target] = {
 """mamba-130m on two cores, by tokens; seconds."""
 
 CPU_DECODE = Target(must=1e3 / 32, stretch=1e3 / 45, peers={"transformers": 1e3 / 24})
-"""Greedy decode at 32, 45 and 24 tokens a second; milliseconds a token."""
+"""Greedy decode at 32, 45 and 24 tokens per second; milliseconds per token."""

@@ -1,4 +1,4 @@
-"""The results of a benchmark: a row a case, as a table to read and as JSON to keep."""
+"""The results of a benchmark: one row per case, as a table to read and as JSON to keep."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Row:
 
     @property
     def rate(self) -> float | None:
-        """Bytes or tokens a second."""
+        """Bytes or tokens per second."""
         return self.work[0] / self.median * UNITS[self.unit] if self.work and self.median else None
 
     def to_json(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.steps: list[Step] = []
         self.known_bytes = 0
-        """Of the known tensors, each once a kernel that touches it."""
+        """Bytes of the known tensors, each counted once per kernel that touches it."""
         self._width, self._inside = width, inside
         self._known = _storages(list(known))
         self._launches: list[Any] = []

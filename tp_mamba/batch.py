@@ -1,6 +1,6 @@
 """What a packed batch is made of: which tokens belong to which sequence, and where each one keeps its state.
 
-A packed batch ``[T, H]`` holds its decode tokens first, one a sequence, and its prefill tokens after them,
+A packed batch ``[T, H]`` holds its decode tokens first, one per sequence, and its prefill tokens after them,
 sequence by sequence. Decode rows may be padded up to a fixed count, so that a captured graph can be replayed
 for fewer sequences; the padding rows point at :data:`NULL_SLOT` and change no state.
 
@@ -197,7 +197,7 @@ def _check(
     if not len(prefill_slots) == len(prefill_lengths) == len(has_initial_states):
         raise ValueError(
             f"got {len(prefill_slots)} prefill_slots, {len(prefill_lengths)} prefill_lengths and "
-            f"{len(has_initial_states)} has_initial_states: give one of each a prefill"
+            f"{len(has_initial_states)} has_initial_states: give one of each per prefill"
         )
     for i, length in enumerate(prefill_lengths):
         if length < 1:

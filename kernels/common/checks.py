@@ -32,7 +32,7 @@ Named = tuple[str, torch.Tensor | None]
 NamedOperands = Iterable[tuple[str, Operand | None]]
 
 PAD_SLOT_NAME = "it is called pad_slot_id here"
-PREFIX_CACHING = "for states at block boundaries, cut the sequences there and call once a piece"
+PREFIX_CACHING = "for states at block boundaries, cut the sequences there and call once per piece"
 VLLM_FORM = "tp_mamba.kernels.compat.vllm has a function of the same name that takes it"
 """Remedies for keywords of vLLM, as :func:`not_supported` takes them."""
 

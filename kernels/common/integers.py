@@ -1,6 +1,6 @@
 """Integer arithmetic of launches.
 
-``triton.cdiv`` and ``triton.next_power_of_2`` serve kernels too, and so take 3 us a call: 50 us of a layer's launches.
+``triton.cdiv`` and ``triton.next_power_of_2`` serve kernels too, and take 3 us per call: 50 us of a layer's launches.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def selective_scan_fn(
         )
     if A.dim() != 2:
         raise ValueError(
-            f"{_OP}: A has shape {list(A.shape)} but must be [D, N]; pass one row of states a channel"
+            f"{_OP}: A has shape {list(A.shape)} but must be [D, N]; pass one row of states per channel"
         )
     channels, n = u.shape[-2], A.shape[1]
     sequences = query_start_loc.shape[0] - 1 if query_start_loc is not None else u.shape[0]

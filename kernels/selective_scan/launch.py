@@ -11,7 +11,7 @@ from tp_mamba.kernels.common.integers import cdiv
 from tp_mamba.kernels.common.state_tile import BLOCK_D, state_tile
 
 STATE_SIZES = (4, 8, 16, 32)
-"""Of the kernel for a mixer: whole loads of four states, and at most 16 states per thread."""
+"""What the kernel for a mixer takes: whole loads of four states, and at most 16 states per thread."""
 
 STEPS = 4
 """Tokens of the kernel for any layout whose loads are in flight while the four before them are computed."""

@@ -32,7 +32,7 @@ from tp_mamba.kernels.selective_scan.launch import STATE_SIZES, mixer_plan
 from tp_mamba.kernels.selective_scan.operands import Strides, flags_of, tensors_of
 
 GROUPS_IN_FLIGHT = tl.constexpr(3)
-"""Of tokens: the present one and those that are being loaded."""
+"""Groups of tokens in registers: the present one and those that are being loaded."""
 
 
 @triton.jit
@@ -210,7 +210,7 @@ def selective_scan_tiles_kernel(
         first = i_s * 0
         steps = length
         row = i_s
-    # One address a tile, kept once a warp, and offsets within the tile: the hints are lost on a function's argument.
+    # One address per tile, kept once per warp, and offsets within the tile: the hints are lost on an argument.
     u_ptr = tl.multiple_of(u_ptr + row * u_stride_s + first * u_stride_t + first_d, BYTES)
     delta_ptr = tl.multiple_of(delta_ptr + row * delta_stride_s + first * delta_stride_t + first_d, BYTES)
     out_ptr = tl.multiple_of(out_ptr + row * out_stride_s + first * out_stride_t + first_d, BYTES)

@@ -218,7 +218,7 @@ def run(args: argparse.Namespace, tp: TensorParallel | None) -> int:
         )
         for row in (rows if args.all else collapse(rows))
     ]
-    columns = ("parameter", "full shape", "split", "on each rank", "dtype", "count", "bytes a rank")
+    columns = ("parameter", "full shape", "split", "on each rank", "dtype", "count", "bytes per rank")
     title = f"{args.checkpoint} over {args.tp} rank{'s' * (args.tp > 1)}"
     show(title, "", table(columns, lines, left=5), "", _totals(totals), to_stdout=True)
     return 0
@@ -244,7 +244,7 @@ def _totals(totals: dict[str, Any]) -> Table:
         [
             ("parameters", f"{totals['parameters']:,}"),
             ("dtype", _dtype_line(totals)),
-            ("weights a rank", human_bytes(totals["bytes_per_rank"])),
+            ("weights per rank", human_bytes(totals["bytes_per_rank"])),
             ("padding, all ranks", human_bytes(totals["padding_bytes"])),
             ("state a sequence, a rank", human_bytes(totals["state_bytes_per_sequence"])),
             ("communication a token", sent),

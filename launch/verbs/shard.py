@@ -1,4 +1,4 @@
-"""``tp-mamba shard``: write one file of weights a rank, which loads without reading the others."""
+"""``tp-mamba shard``: write one file of weights per rank, which loads without reading the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tp_mamba.parallel.group import TensorParallel
 
 USES_RANKS = False
-HELP = "split a checkpoint into one file a rank, which loads without reading the others"
+HELP = "split a checkpoint into one file per rank, which loads without reading the others"
 EXAMPLES = """\
   tp-mamba shard ./mamba-2.8b-hf ./mamba-2.8b-tp4 --tp 4
   tp-mamba generate ./mamba-2.8b-tp4 --tp 4 --prompt "The sea"

@@ -1,4 +1,4 @@
-"""One file a rank: the same bits at the same and at other rank counts, and nothing read in vain."""
+"""One file per rank: the same bits at the same and at other rank counts, and nothing read in vain."""
 
 import json
 import resource

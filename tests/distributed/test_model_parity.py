@@ -68,7 +68,7 @@ def _count_collectives(tp: TensorParallel, folder: Path) -> dict[str, int]:
 def test_two_collectives_a_layer(ranks, tmp_path: Path) -> None:
     layers = save_case("falcon-mamba", tmp_path).config.num_hidden_layers
     for counts in ranks(2).run(_count_collectives, tmp_path):
-        # two all-reduces a layer, one for the embedding; one gather of the logits
+        # two all-reduces per layer, one for the embedding; one gather of the logits
         assert counts == {"c10d.allreduce_": 2 * layers + 1, "c10d._allgather_base_": 1}, counts
 
 

@@ -92,7 +92,7 @@ def test_prompts_compile_for_sm90_vectorised_without_spills(
     assert compiled.metadata.shared == 0
     ptx = compiled.asm["ptx"]
     assert not re.search(r"(ld|st)\.shared|shfl", ptx)
-    # Four channels a thread, their weights in two loads, for heads and for bodies; four programs a multiprocessor.
+    # Four channels per thread, their weights in two loads, for heads and for bodies; four programs per multiprocessor.
     assert set(re.findall(r"st\.global\S*", ptx)) == {"st.global.v2.b32"}
     assert ptx.count("ld.global.v2.b64") == 2 * 2
     assert not re.search(r"ld\.global\.b16", ptx)

@@ -85,7 +85,7 @@ def check_bits(device: str, dtype: torch.dtype) -> None:
 
 
 def check_rows_a_program(device: str) -> None:
-    """The bits are the same with several rows a program, the last of which has fewer; padded ones among them."""
+    """The bits are the same with several rows per program, the last of which has fewer; padded ones among them."""
     from tp_mamba.kernels.causal_conv1d import mixer as module
 
     for rows, batch, has_slots in ((2, 3, True), (4, 9, True), (2, 5, False)):

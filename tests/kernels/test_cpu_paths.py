@@ -20,7 +20,7 @@ D = 40
 LENGTHS = [47, 0, 20, 1, 5]
 """With blocks of 5 tokens and pieces of 20: ragged and whole, none, one piece, one token, one block."""
 SLOTS = [3, 0, 5, 1, -1]
-"""Of seven; the last sequence has none."""
+"""The slot of each sequence, among seven; the last sequence has none."""
 INITIAL = [True, True, False, False, False]
 
 

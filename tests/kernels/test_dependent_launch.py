@@ -113,7 +113,7 @@ def moved(ptx: str, instruction: str) -> str:
 
 
 def test_a_wait_too_late_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a norm whose residual, x and output are read or written, one after the other, ahead of the wait."""
+    """A norm whose residual, x and output are read or written, one after the other, ahead of the wait."""
     compiled = compiled_for("norm of a sum", monkeypatch)
     ptx = re.sub(
         r"(griddepcontrol\.\w+)\s*;", r"\1;", compiled.asm["ptx"]

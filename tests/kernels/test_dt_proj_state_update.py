@@ -144,7 +144,7 @@ def test_matches_float64(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("batch", "channels"), [(64, 8192), (300, 4096)])
 def test_many_rows(batch: int, channels: int) -> None:
-    """Two blocks of rows a program: the bits of the two calls, 64 rows at a time."""
+    """Two blocks of rows per program: the bits of the two calls, 64 rows at a time."""
     inputs, by_row = make(batch, channels, 16, 256), ("x", "dt", "B", "C", "z", "state_batch_indices")
     assert launch.launch_plan(batch, channels, 256, device_properties(torch.device("cuda"))).blocks == 2
     out, state = run(in_one, inputs, torch.device("cuda"))

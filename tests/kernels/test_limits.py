@@ -52,7 +52,7 @@ def test_wide_dtypes() -> None:
 
 
 def test_properties_are_those_of_the_tensors_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two different GPUs, each is asked once."""
+    """Each of two different GPUs is asked once."""
     asked: list[int] = []
 
     def properties(index: int) -> SimpleNamespace:

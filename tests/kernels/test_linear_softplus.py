@@ -275,7 +275,7 @@ def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any]) -> tuple[str
 
 
 def test_four_compilations_for_all_token_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of few tokens two, of few outputs one, of many one."""
+    """Few tokens have two, few outputs one, many outputs one."""
     every = set()
     x, weight = torch.zeros(5000, 48, dtype=torch.bfloat16), torch.zeros(4096, 48, dtype=torch.bfloat16)
     for counts in ((1, 2, 16), (17, 33, 64), (65, 80, 512), (513, 1024, 5000)):
@@ -296,7 +296,7 @@ def test_four_compilations_for_all_token_counts(monkeypatch: pytest.MonkeyPatch)
     ("T", "D"), [(8192, 8192), (8192, 4096), (2048, 5120), (512, 8192), (262_144, 16_384)]
 )
 def test_programs_fill_the_gpu_once(T: int, D: int) -> None:
-    """With the weight held, programs are at most two a multiprocessor, and no more than a tenth too few."""
+    """With the weight held, programs are at most two per multiprocessor, and no more than a tenth too few."""
     shape = launch.launch_plan(T, D, 256, torch.bfloat16, INTERPRETED)
     assert shape.streaming
     runs = -(-T // (shape.BLOCK_T * shape.tiles))

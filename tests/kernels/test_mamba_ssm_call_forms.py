@@ -197,7 +197,7 @@ def test_state_update(
 def test_state_update_with_heads(
     place: str, device: torch.device, dtype: torch.dtype, groups: int, tied: bool
 ) -> None:
-    """Heads with states of their own, some to a group of B and C; tied ones have one A, dt, D and bias a head."""
+    """Heads with states of their own, several per group of B and C; tied ones have one A, dt, D and bias per head."""
     heads, d = 4, {"cpu": 9, "interpreter": 6, "cuda": 64}[place]
     for n, slots in ((16, None), (32, [7, 1])):
         inputs = step_inputs(2, (heads, d), n, dtype, gate=groups != 2, groups=groups)

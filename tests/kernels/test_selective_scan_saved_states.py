@@ -288,7 +288,7 @@ FEW, MANY = (1, 4096), (64, 2048)
 
 
 def test_one_compilation_for_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 16, one for the multiples; of others, one for each power of two below 16 that divides them."""
+    """One for the multiples of 16; for other steps, one for each power of two below 16 that divides them."""
 
     def compilations(*distances: int | None) -> int:
         launches = [record(*FEW, k, monkeypatch) for k in distances]

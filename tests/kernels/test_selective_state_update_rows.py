@@ -264,7 +264,7 @@ def test_machine_code(
         inputs["state_batch_indices"] = None
     compiled = compile_as_launched(*record(monkeypatch, inputs)[1:])
     assert stack_bytes(compiled, tmp_path) == 0
-    assert registers(compiled, tmp_path) <= 64  # eight programs a multiprocessor
+    assert registers(compiled, tmp_path) <= 64  # eight programs per multiprocessor
     assert compiled.metadata.shared == 0
     code = sass_of(compiled, tmp_path)
     names = [op.partition(".")[0] for op in code]

@@ -110,7 +110,7 @@ def test_decode_shapes(M: int, N: int, K: int) -> None:
     ("N", "K"), [(8192, 1000), (8192, 4001), (4096, 2000), (4096, 8000), (16384, 2040), (2112, 16000)]
 )
 def test_tall_tiles_of_a_ragged_k(M: int, N: int, K: int) -> None:
-    """Wide weights whose last slice is short: one to eight slices a program, in one to four groups."""
+    """Wide weights whose last slice is short: one to eight slices per program, in one to four groups."""
     assert launch_plan(M, N, K, INTERPRETED).in_turn
     check(make(M, N, K), torch.device("cuda"), torch.float32)
 

@@ -190,7 +190,7 @@ def test_packed_sequences_with_constant_b(device: torch.device) -> None:
 @pytest.mark.parametrize("over", ["u", "delta", "z"])
 @pytest.mark.parametrize("layout", ["channels", "tokens"])
 def test_the_scan_may_write_over_an_input(place: str, device: torch.device, over: str, layout: str) -> None:
-    """``out`` that is ``u``, ``delta`` or ``z``: the bits of a result of its own, with several warps a program too."""
+    """``out`` that is ``u``, ``delta`` or ``z``: the bits of a separate result, also with several warps per program."""
     n, lengths = {
         # The CPU path takes channels in blocks of 2**20 elements with their states and tokens: here, in two.
         "cpu": (16, [50, 14]),
@@ -248,7 +248,7 @@ def test_state_update_with_heads(place: str, device: torch.device, groups: int, 
 def test_state_update_of_several_tokens(
     place: str, device: torch.device, slots: list[int] | None, dtype: torch.dtype
 ) -> None:
-    """``cu_seqlens``: a few successive rows a sequence, as in as many calls; a null block among the sequences."""
+    """``cu_seqlens``: a few successive rows per sequence, as in as many calls; a null block among the sequences."""
     d, n = {"cpu": 37, "interpreter": 20, "cuda": 528}[place], 16
     lengths = [1, 4, 2, 3]
     inputs = step_inputs(sum(lengths), (d,), n, dtype, True)

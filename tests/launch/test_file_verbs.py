@@ -182,7 +182,7 @@ def test_shard_and_merge(sample: Path, tmp_path: Path, capsys: pytest.CaptureFix
     written = json.loads(capsys.readouterr().out)
     assert (written["ranks"], len(written["files"])) == (3, 3)
     report = info_of(shards, capsys)
-    assert report["layout"] == "one file a rank, by tp-mamba shard"
+    assert report["layout"] == "one file per rank, by tp-mamba shard"
     assert report["complete"] is True
     assert cli.main(["merge", str(shards), str(merged)]) == 0
     assert f"wrote {merged}: " in capsys.readouterr().out

@@ -101,7 +101,7 @@ def test_split_gives_views_of_each_kind(seed: int) -> None:
     [
         (
             {"prefill_slots": [0, 1], "prefill_lengths": [3], "has_initial_states": [False]},
-            "got 2 prefill_slots, 1 prefill_lengths and 1 has_initial_states: give one of each a prefill",
+            "got 2 prefill_slots, 1 prefill_lengths and 1 has_initial_states: give one of each per prefill",
         ),
         (
             {"prefill_slots": [0], "prefill_lengths": [-2], "has_initial_states": [False]},

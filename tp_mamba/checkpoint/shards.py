@@ -1,4 +1,4 @@
-"""Cutting a checkpoint into one file a rank, and putting it together again.
+"""Cutting a checkpoint into one file per rank, and putting it together again.
 
 One process, files only: a slice at a time is in memory, and no bit of any tensor changes.
 """

@@ -21,7 +21,7 @@ _SHARD_FILE = re.compile(r"model-tp-\d{5,}-of-\d{5,}\.safetensors")
 class Layout(Enum):
     """How weights are laid out in files; the value is what a person is told."""
 
-    SHARDS = "one file a rank, by tp-mamba shard"
+    SHARDS = "one file per rank, by tp-mamba shard"
     SAFETENSORS = "safetensors"
     BIN = "pickled .bin"
 
