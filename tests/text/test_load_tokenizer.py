@@ -111,6 +111,15 @@ def declare(folder: Path, decoder: dict[str, object], **config: object) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder, **config}))
 
 
+def test_dropout_of_merges_is_switched_off(tmp_path: Path) -> None:
+    """Left on, each rank would encode its prompts in its own way, and otherwise in the next call."""
+    vocab = {token: i for i, token in enumerate(["a", "b", "c", "d", "ab", "cd", "abcd"])}
+    merges = [("a", "b"), ("c", "d"), ("ab", "cd")]
+    Tokenizer(models.BPE(vocab, merges, dropout=0.9)).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("abcd" * 20).ids == [6] * 20
+
+
 def test_declared_tokens_that_the_file_lacks_are_added(folder: Path) -> None:
     declare(
         folder,

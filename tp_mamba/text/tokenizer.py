@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
 
 from tp_mamba.checkpoint.companions import (
     ADDED_TOKENS,
@@ -29,9 +30,10 @@ _REMEDY = (
 def load_tokenizer(folder_or_name: str | os.PathLike[str], tp: TensorParallel | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder, or of a model on the Hugging Face hub.
 
-    Truncation and padding, which a training run may have left switched on in the file, are switched off: they are
-    settings of that run, not properties of the tokenizer, and would cut prompts or fill them up. Tokens that the files
-    beside it declare and it lacks (``added_tokens_decoder`` of tokenizer_config.json, added_tokens.json) are added.
+    Truncation, padding and the dropout of merges, which a training run may have left switched on in the file, are
+    switched off: they are settings of that run, not properties of the tokenizer, and would cut prompts, fill them up,
+    or encode them anew in each call. Tokens that the files beside it declare and it lacks (``added_tokens_decoder`` of
+    tokenizer_config.json, added_tokens.json) are added.
 
     Args:
         folder_or_name: a folder that holds ``tokenizer.json``, or a hub name such as
@@ -60,6 +62,8 @@ def _load(folder_or_name: str | os.PathLike[str]) -> Tokenizer:
         ) from failure
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if isinstance(tokenizer.model, BPE):
+        tokenizer.model.dropout = None
     _add_declared(tokenizer, file.parent)
     return tokenizer
 
