@@ -77,6 +77,7 @@ def test_what_a_rank_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert see("gloo", {"LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "3, 5"}).gpus == ("3", "5")
     assert see(None, {}).gpus == ("0", "1")
+    assert [see(None, {"LOCAL_RANK": local}).local_rank for local in ("1", "", "one")] == [1, None, None]
     assert see(None, {}).local_rank is None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert see(None, {"CUDA_VISIBLE_DEVICES": ""}).gpus == ()

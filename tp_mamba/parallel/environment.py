@@ -27,7 +27,7 @@ class Seen:
     gpus: tuple[str, ...]
     """The GPUs that are visible to it, by index or as ``CUDA_VISIBLE_DEVICES`` names them."""
     local_rank: int | None
-    """The launcher's ``LOCAL_RANK``."""
+    """The launcher's ``LOCAL_RANK``; None where there is none, or none that is a number."""
     backend: str | None
     """The backend that its program asks for."""
 
@@ -47,8 +47,8 @@ def see(backend: str | None, environ: Mapping[str, str] | None = None) -> Seen:
     count = torch.cuda.device_count()
     named = [name.strip() for name in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     gpus = named[:count] if len(named) >= count else [str(i) for i in range(count)]
-    local = environ.get("LOCAL_RANK")
-    return Seen(socket.gethostname(), tuple(gpus), None if local is None else int(local), backend)
+    local = environ.get("LOCAL_RANK", "")
+    return Seen(socket.gethostname(), tuple(gpus), int(local) if local.isdigit() else None, backend)
 
 
 def decide(ranks: Sequence[Seen]) -> list[Place]:
