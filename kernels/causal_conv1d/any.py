@@ -22,6 +22,7 @@ import triton.language as tl
 
 from tp_mamba.kernels.causal_conv1d.launch import sequences_plan
 from tp_mamba.kernels.causal_conv1d.taps import convolve, is_packed, load_taps
+from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.integers import cdiv
 
 
@@ -352,7 +353,7 @@ def launch(
     if programs == 0:
         return
     state_len = 1 if states is None else states.shape[2]
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         _causal_conv1d_kernel[(programs,)](
             out, x, weight, bias, states, query_start_loc, cache_indices, has_initial_state,
             length, num_seqs, (num_seqs + 1).bit_length(), num_heads, max(runs, 1), plan.run_tokens, pad_slot_id,

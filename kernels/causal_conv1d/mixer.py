@@ -18,6 +18,7 @@ import triton.language as tl
 from tp_mamba.kernels.causal_conv1d.launch import PER_THREAD, STEP
 from tp_mamba.kernels.causal_conv1d.taps import convolve, is_packed, load_taps
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.dialect import jit_by_type
 from tp_mamba.kernels.common.integers import cdiv
 
@@ -125,7 +126,7 @@ def launch(
         if tensor is not None and tensor.data_ptr() % (PER_THREAD * tensor.element_size()):
             whole_words = False
     per_thread, packed = (PER_THREAD, is_packed(weight)) if whole_words else (1, False)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         _step_kernel[(cdiv(batch, STEP.BLOCK_B), cdiv(channels, STEP.BLOCK_D))](
             out, x, weight, bias, states, slots,
             batch, channels // per_thread, pad_slot_id, out_stride_b, x_stride_b, state_stride_s,

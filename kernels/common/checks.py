@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import ParamSpec, Protocol, TypeVar
 
 import torch
@@ -44,30 +44,6 @@ def check_shape(op: str, name: str, tensor: Operand | None, letters: str, shape:
             f"{op}: {name} has shape {list(tensor.shape)} but {letters} is {list(shape)} here; "
             f"pass {name} in that shape"
         )
-
-
-def check_tensors(
-    op: str,
-    first: tuple[str, torch.Tensor],
-    floating: Sequence[Named],
-    indices: Sequence[Named] = (),
-) -> None:
-    """Raise ValueError for a wrong dtype, or for a tensor on another device than ``first`` is, itself checked."""
-    name, x = first
-    device = x.device
-    # One pass for the calls that are right; what is wrong, and the order in which it is told, is found again.
-    for dtypes, tensors in ((FLOATS, floating), (INTEGERS, indices)):
-        for _, y in tensors:
-            if y is not None and (y.dtype not in dtypes or y.device != device):
-                break
-        else:
-            continue
-        break
-    else:
-        return
-    check_floating(op, floating)
-    check_indices(op, indices)
-    check_device(op, device, name, [*floating, *indices])
 
 
 def check_floating(op: str, tensors: NamedOperands) -> None:
@@ -152,7 +128,7 @@ def not_supported(op: str, **remedies: str) -> Callable[[Callable[P, R]], Callab
     return decorate
 
 
-def refuse_grad(op: str, tensors: Sequence[Named]) -> None:
+def refuse_grad(op: str, tensors: Iterable[Named]) -> None:
     """Raise RuntimeError where autograd would be expected to see through an op that has no backward."""
     if torch.is_grad_enabled():
         for name, tensor in tensors:

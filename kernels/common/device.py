@@ -1,8 +1,9 @@
-"""What launch plans need to know of a device, read once per device."""
+"""What launches need to know of a device: its properties, read once, and whether it is the current one."""
 
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -35,3 +36,13 @@ def device_properties(device: torch.device) -> DeviceProperties:
 def _properties(index: int) -> DeviceProperties:
     of_gpu = torch.cuda.get_device_properties(index)
     return DeviceProperties(of_gpu.multi_processor_count, of_gpu.shared_memory_per_multiprocessor)
+
+
+_AS_IT_IS = nullcontext()
+
+
+def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
+    """A context in which ``x``'s device is the current one, as a launch wants it; free where it is already."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return _AS_IT_IS

@@ -17,15 +17,24 @@ from typing import Any
 
 import torch
 
-from tp_mamba.kernels.common.checks import check_tensors, refuse_grad, without_gaps
+from tp_mamba.kernels.common.checks import (
+    check_device,
+    check_floating,
+    check_indices,
+    refuse_grad,
+    slot_column,
+    without_gaps,
+)
 from tp_mamba.kernels.common.device import device_properties
-from tp_mamba.kernels.common.dispatch import use_triton
+from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
 from tp_mamba.kernels.common.product_shapes import check_product
+from tp_mamba.kernels.common.remember import Key, forms, key_of, remembered
 from tp_mamba.kernels.common.static_operands import declare_static_operands
 from tp_mamba.kernels.common.step_shapes import check_step
 from tp_mamba.kernels.dt_proj_state_update.arguments import DtProjStateUpdate
 
 _OP = "dt_proj_state_update"
+_FLOATING = ("state", "x", "dt", "weight", "bias", "A", "B", "C", "D", "z", "out")
 
 torch.library.define(
     "tp_mamba::dt_proj_state_update",
@@ -35,7 +44,6 @@ torch.library.define(
 declare_static_operands("tp_mamba::dt_proj_state_update", "weight", "bias", "A", "D", "state_batch_indices")
 
 
-@torch.library.impl("tp_mamba::dt_proj_state_update", ("cpu", "cuda"))
 def _dt_proj_state_update(*arguments: Any) -> None:
     call = DtProjStateUpdate(*arguments)
     if use_triton(call.x):
@@ -51,6 +59,9 @@ def _dt_proj_state_update(*arguments: Any) -> None:
     from tp_mamba.kernels.dt_proj_state_update.any import in_two_steps
 
     in_two_steps(call)
+
+
+torch.library.impl("tp_mamba::dt_proj_state_update", ("cpu", "cuda"), _dt_proj_state_update)
 
 
 @torch.library.register_fake("tp_mamba::dt_proj_state_update")
@@ -98,28 +109,38 @@ def dt_proj_state_update(
         ValueError: a wrong number of dimensions, size, dtype or device; before anything is written.
         RuntimeError: an input requires grad in grad mode (the op has no backward).
     """
-    named = [
-        ("state", state), ("x", x), ("dt", dt), ("weight", weight), ("bias", bias), ("A", A), ("B", B), ("C", C),
-        ("D", D), ("z", z), ("out", out),
-    ]  # fmt: skip
-    indices = [("state_batch_indices", state_batch_indices)]
-    check_tensors(_OP, ("x", x), named, indices)
-    if x.dim() != 2 or B.dim() != 2:
+    slots = slot_column(_OP, "state_batch_indices", state_batch_indices)
+    floating = (state, x, dt, weight, bias, A, B, C, D, z, out)
+    _check(tuple(map(key_of, floating)), key_of(slots))
+    refuse_grad(_OP, zip(_FLOATING, floating, strict=True))
+    if out is None:
+        out = torch.empty_like(x)
+    direct = calls_directly(state, x, dt, weight, bias, A, B, C, D, z, slots, out)
+    op = _dt_proj_state_update if direct else torch.ops.tp_mamba.dt_proj_state_update
+    op(state, x, dt, weight, without_gaps(bias), A, B, C, D, z, without_gaps(slots), pad_slot_id, out)
+    return out
+
+
+@remembered
+def _check(keys: tuple[Key | None, ...], slots_key: Key | None) -> None:
+    """Refuse wrong shapes, dtypes and devices; ``keys`` belong to ``_FLOATING``."""
+    named = forms(**dict(zip(_FLOATING, keys, strict=True)))
+    indices = forms(state_batch_indices=slots_key)
+    check_floating(_OP, named)
+    check_indices(_OP, indices)
+    given: list[Any] = [form for _, form in named]
+    state, x, dt, weight, bias, A, B, C, D, z, out = given
+    slots = indices[0][1]
+    check_device(_OP, x.device, "x", [*named, *indices])
+    if len(x.shape) != 2 or len(B.shape) != 2:
         raise ValueError(
             f"{_OP}: x has shape {list(x.shape)} and B {list(B.shape)} but must be [B, D] and [B, N]; for heads or "
             "groups call linear_softplus and selective_state_update"
         )
     check_product(_OP, dt, weight, bias, name="dt")
-    if (len(dt), len(weight)) != tuple(x.shape):
+    if (dt.shape[0], weight.shape[0]) != tuple(x.shape):
         raise ValueError(
-            f"{_OP}: dt has {len(dt)} rows and weight {len(weight)} but x of shape {list(x.shape)} wants one per row "
-            "and one per channel; pass those of x"
+            f"{_OP}: dt has {dt.shape[0]} rows and weight {weight.shape[0]} but x of shape {list(x.shape)} wants one "
+            "per row and one per channel; pass those of x"
         )
-    slots = check_step(_OP, state, x, None, A, B, C, D, z, None, state_batch_indices, out)
-    refuse_grad(_OP, named)
-    if out is None:
-        out = torch.empty_like(x)
-    torch.ops.tp_mamba.dt_proj_state_update(
-        state, x, dt, weight, without_gaps(bias), A, B, C, D, z, without_gaps(slots), pad_slot_id, out
-    )
-    return out
+    check_step(_OP, state, x, None, A, B, C, D, z, None, slots, out)

@@ -23,6 +23,7 @@ import triton.language as tl
 from tp_mamba.kernels.common.alignment import strides_in_words
 from tp_mamba.kernels.common.approximations import LOG2_E, softplus_of_sum
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.dialect import add, jit_by_type
 from tp_mamba.kernels.common.dtypes import HALVES
 from tp_mamba.kernels.common.recurrence import token_of_states
@@ -246,7 +247,7 @@ def launch(call: DtProjStateUpdate, strides: tuple[int, ...], plan: LaunchPlan) 
     batch = x.shape[0]
     if batch == 0 or x.shape[1] == 0:
         return
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         dt_proj_state_update_kernel[plan.grid](
             state, x, dt, weight, z, out, A, B, C, D, bias, slots,
             batch, -1 if slots is None else pad_slot_id, *strides,

@@ -20,7 +20,7 @@ from tp_mamba.kernels.common.dependent_launch import (
     let_next_start,
     wait_for_kernel_ahead,
 )
-from tp_mamba.kernels.common.device import device_properties
+from tp_mamba.kernels.common.device import device_properties, on_device_of
 from tp_mamba.kernels.common.dialect import tree_at, tree_of
 from tp_mamba.kernels.common.integers import cdiv, next_power_of_2
 from tp_mamba.kernels.linear.launch import LaunchPlan, launch_plan, slice_count, slice_width
@@ -191,7 +191,7 @@ def launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, plan: Launc
         return
     sums = torch.empty(groups, M, out_size, dtype=torch.float32, device=x.device)
     launch_product(sums, x, weight, plan)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         _sum_kernel[(cdiv(M * out_size, _SUM_BLOCK),)](
             out,
             sums,
@@ -211,7 +211,7 @@ def launch_product(sums: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, pl
     (M, k), out_size = x.shape, weight.shape[0]
     width = slice_width(out_size, k)
     groups = cdiv(k, width * plan.group)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         _product_kernel[(cdiv(out_size, plan.BLOCK_OUT), groups, cdiv(M, plan.BLOCK_M))](
             sums, x, weight, M,
             # The stride of a single row says nothing: it must not compile a kernel of its own.

@@ -20,7 +20,7 @@ from tp_mamba.kernels.common.dependent_launch import (
     let_next_start,
     wait_for_kernel_ahead,
 )
-from tp_mamba.kernels.common.device import device_properties
+from tp_mamba.kernels.common.device import device_properties, on_device_of
 from tp_mamba.kernels.common.integers import cdiv
 from tp_mamba.kernels.linear_softplus.launch import launch_plan
 
@@ -144,7 +144,7 @@ def launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch
         **early_start(x.device),
     }  # fmt: skip
     grid = (cdiv(T, plan.BLOCK_T * plan.tiles), cdiv(D, plan.BLOCK_D))
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         if plan.streaming:
             _streaming_kernel[grid](out, x, weight, bias, T, plan.tiles, *sizes, **options)
         else:

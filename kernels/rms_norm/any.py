@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.integers import cdiv
 from tp_mamba.kernels.rms_norm.launch import launch_plan
 
@@ -68,7 +69,7 @@ def launch(
     if T == 0:
         return
     plan = launch_plan(H)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         _rms_norm_kernel[(cdiv(T, plan.BLOCK_T),)](
             out, x, residual, new_residual, weight, T, H, eps,
             *x.stride(), *((0, 0) if residual is None else residual.stride()),

@@ -27,21 +27,24 @@ from tp_mamba.kernels.common.checks import (
     PAD_SLOT_NAME,
     PREFIX_CACHING,
     check_device,
+    check_floating,
+    check_indices,
     check_mask,
     check_shape,
-    check_tensors,
     not_supported,
     refuse_grad,
     slot_column,
     without_gaps,
 )
-from tp_mamba.kernels.common.dispatch import use_triton
+from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
 from tp_mamba.kernels.common.dtypes import wide_dtype
 from tp_mamba.kernels.common.limits import check_state_size
+from tp_mamba.kernels.common.remember import Form, Key, forms, key_of, remembered
 from tp_mamba.kernels.selective_scan.arguments import SelectiveScan
 from tp_mamba.kernels.selective_scan.operands import strides_of
 
 _OP = "selective_scan_fn"
+_FLOATING = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "ssm_states", "out")
 
 torch.library.define(
     "tp_mamba::selective_scan",
@@ -52,7 +55,6 @@ torch.library.define(
 )
 
 
-@torch.library.impl("tp_mamba::selective_scan", ("cpu", "cuda"))
 def _selective_scan(*arguments: Any) -> None:
     call = SelectiveScan(*arguments)
     if not use_triton(call.u):
@@ -66,6 +68,9 @@ def _selective_scan(*arguments: Any) -> None:
     strides = strides_of(call)
     kernel = mixer if mixer.serves(call, strides) else any_layout
     kernel.launch(call, strides)
+
+
+torch.library.impl("tp_mamba::selective_scan", ("cpu", "cuda"), _selective_scan)
 
 
 @torch.library.register_fake("tp_mamba::selective_scan")
@@ -148,121 +153,136 @@ def selective_scan_fn(
             ``ssm_states``, or ``save_states_every`` not a whole number of 1 or more; before anything is written.
         RuntimeError: an input requires grad in grad mode (the op has no backward).
     """
-    inputs = [
-        ("u", u),
-        ("delta", delta),
-        ("A", A),
-        ("B", B),
-        ("C", C),
-        ("D", D),
-        ("z", z),
-        ("delta_bias", delta_bias),
-    ]
-    states = [("ssm_states", ssm_states), ("out", out)]
-    slots = [("query_start_loc", query_start_loc), ("cache_indices", cache_indices)]
-    check_tensors(_OP, ("u", u), inputs + states, slots)
-    check_device(_OP, u.device, "u", [("has_initial_state", has_initial_state)])
-
-    packed = query_start_loc is not None
-    dims = "[D, T]" if packed else "[B, D, L]"
-    if u.dim() != (2 if packed else 3):
-        remedy = "drop query_start_loc" if packed else "give query_start_loc for a packed batch"
-        raise ValueError(
-            f"{_OP}: u has {u.dim()} dimensions but {dims} is expected here; reshape u or {remedy}"
-        )
-    if query_start_loc is not None and (query_start_loc.dim() != 1 or query_start_loc.shape[0] == 0):
-        raise ValueError(
-            f"{_OP}: query_start_loc has shape {list(query_start_loc.shape)} but must be [S + 1]; "
-            "pass the first token of each of S sequences and the end of the last"
-        )
-    if A.dim() != 2:
-        raise ValueError(
-            f"{_OP}: A has shape {list(A.shape)} but must be [D, N]; pass one row of states per channel"
-        )
-    channels, n = u.shape[-2], A.shape[1]
+    floating = (u, delta, A, B, C, D, z, delta_bias, ssm_states, out)
+    places = (query_start_loc, cache_indices, has_initial_state)
+    _check(tuple(map(key_of, floating)), tuple(map(key_of, places)), save_states_every)
+    packed, k, channels, n = query_start_loc is not None, save_states_every, *A.shape
     sequences = query_start_loc.shape[0] - 1 if query_start_loc is not None else u.shape[0]
-    check_state_size(f"{_OP}: A", n)
-    for name, tensor in (("delta", delta), ("z", z), ("out", out)):
-        check_shape(_OP, name, tensor, dims, u.shape)
-    check_shape(_OP, "A", A, "[D, N]", (channels, n))
-    check_shape(_OP, "D", D, "[D]", (channels,))
-    check_shape(_OP, "delta_bias", delta_bias, "[D]", (channels,))
-    B = _by_group("B", B, u, n, packed)
-    C = _by_group("C", C, u, n, packed)
     cache_indices = slot_column(_OP, "cache_indices", cache_indices, sequences if packed else None)
-    check_shape(_OP, "cache_indices", cache_indices, "[S]", (sequences,))
-    check_shape(_OP, "has_initial_state", has_initial_state, "[S]", (sequences,))
-    check_mask(_OP, "has_initial_state", has_initial_state)
+    if cache_indices is not None:
+        check_shape(_OP, "cache_indices", cache_indices, "[S]", (sequences,))
     if ssm_states is None:
         for name, tensor in (("cache_indices", cache_indices), ("has_initial_state", has_initial_state)):
             if tensor is not None:
                 raise ValueError(f"{_OP}: {name} was given without ssm_states, which it refers to; pass both")
-    else:
-        slots_needed = sequences if cache_indices is None else 0
-        if ssm_states.dim() != 3 or ssm_states.shape[1:] != A.shape or ssm_states.shape[0] < slots_needed:
+    refuse_grad(_OP, zip(_FLOATING, floating, strict=True))
+
+    B, C = _by_group(B, u, packed), _by_group(C, u, packed)
+    # One of them constant in time (a group a channel), or two numbers of groups.
+    if B.shape[-3] != C.shape[-3]:
+        groups = math.lcm(B.shape[-3], C.shape[-3])
+        B, C = _in_groups(B, groups), _in_groups(C, groups)
+    if out is None:
+        out = torch.empty_like(u)
+    last_state = saved_states = None
+    if return_last_state:
+        last_state = torch.empty(sequences, channels, n, dtype=wide_dtype(u.dtype), device=u.device)
+    if k is not None:
+        # Rows of two sequences never meet: first // k + ceil(length / k) <= (first + length) // k + 1.
+        rows = (u.shape[-1] // k + sequences,) if packed else (sequences, -(-u.shape[-1] // k))
+        saved_states = torch.empty(*rows, n, channels, dtype=wide_dtype(u.dtype), device=u.device)
+    written = (ssm_states, last_state, out, saved_states)
+    direct = calls_directly(u, delta, A, B, C, D, z, delta_bias, *places, *written)
+    op = _selective_scan if direct else torch.ops.tp_mamba.selective_scan
+    op(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, without_gaps(query_start_loc),
+        without_gaps(cache_indices), without_gaps(has_initial_state), ssm_states, last_state, pad_slot_id, out,
+        saved_states, k or 1,
+    )  # fmt: skip
+    if last_state is None and saved_states is None:
+        return out
+    if saved_states is not None:
+        saved_states = saved_states.mT
+    return tuple(x for x in (out, last_state, saved_states) if x is not None)
+
+
+@remembered
+def _check(keys: tuple[Key | None, ...], places: tuple[Key | None, ...], k: int | None) -> None:
+    """Refuse what does not fit; ``keys`` belong to ``_FLOATING``, ``places`` to starts, slots and initial states."""
+    named = forms(**dict(zip(_FLOATING, keys, strict=True)))
+    starts, slots, initial = (None if key is None else Form(*key) for key in places)
+    given: list[Any] = [form for _, form in named]
+    u, delta, A, B, C, D, z, delta_bias, ssm_states, out = given
+    indices = [("query_start_loc", starts), ("cache_indices", slots)]
+    check_floating(_OP, named)
+    check_indices(_OP, indices)
+    check_device(_OP, u.device, "u", [*named, *indices, ("has_initial_state", initial)])
+
+    packed = starts is not None
+    dims = "[D, T]" if packed else "[B, D, L]"
+    if len(u.shape) != (2 if packed else 3):
+        remedy = "drop query_start_loc" if packed else "give query_start_loc for a packed batch"
+        raise ValueError(
+            f"{_OP}: u has {len(u.shape)} dimensions but {dims} is expected here; reshape u or {remedy}"
+        )
+    if starts is not None and (len(starts.shape) != 1 or starts.shape[0] == 0):
+        raise ValueError(
+            f"{_OP}: query_start_loc has shape {list(starts.shape)} but must be [S + 1]; "
+            "pass the first token of each of S sequences and the end of the last"
+        )
+    if len(A.shape) != 2:
+        raise ValueError(
+            f"{_OP}: A has shape {list(A.shape)} but must be [D, N]; pass one row of states per channel"
+        )
+    channels, n = u.shape[-2], A.shape[1]
+    sequences = starts.shape[0] - 1 if starts is not None else u.shape[0]
+    check_state_size(f"{_OP}: A", n)
+    for name, form in (("delta", delta), ("z", z), ("out", out)):
+        check_shape(_OP, name, form, dims, u.shape)
+    check_shape(_OP, "A", A, "[D, N]", (channels, n))
+    check_shape(_OP, "D", D, "[D]", (channels,))
+    check_shape(_OP, "delta_bias", delta_bias, "[D]", (channels,))
+    for name, form in (("B", B), ("C", C)):
+        _check_groups(name, form, u, n, packed)
+    check_shape(_OP, "has_initial_state", initial, "[S]", (sequences,))
+    check_mask(_OP, "has_initial_state", initial)
+    if ssm_states is not None:
+        slots_needed = sequences if slots is None else 0
+        if (
+            len(ssm_states.shape) != 3
+            or ssm_states.shape[1:] != A.shape
+            or ssm_states.shape[0] < slots_needed
+        ):
             raise ValueError(
                 f"{_OP}: ssm_states has shape {list(ssm_states.shape)} but must be [slots, D, N] with D = {channels}, "
                 f"N = {n} and at least {slots_needed} slots; allocate it so or pass cache_indices"
             )
-    k = save_states_every
     if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
         raise ValueError(
             f"{_OP}: save_states_every is {k!r} but must be an int of 1 or more; "
             "pass the number of tokens from one saved state to the next, or None to save none"
         )
-    refuse_grad(_OP, inputs + states)
-
-    if (
-        B.shape[-3] != C.shape[-3]
-    ):  # one of them constant in time (a group a channel), or two numbers of groups
-        groups = math.lcm(B.shape[-3], C.shape[-3])
-        B, C = _in_groups(B, groups), _in_groups(C, groups)
-    if out is None:
-        out = torch.empty_like(u)
-    dtype = wide_dtype(u.dtype)
-    last_state = saved_states = None
-    if return_last_state:
-        last_state = torch.empty(sequences, channels, n, dtype=dtype, device=u.device)
-    if k is not None:
-        # Rows of two sequences never meet: first // k + ceil(length / k) <= (first + length) // k + 1.
-        rows = (u.shape[-1] // k + sequences,) if packed else (sequences, -(-u.shape[-1] // k))
-        saved_states = torch.empty(*rows, n, channels, dtype=dtype, device=u.device)
-    torch.ops.tp_mamba.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, without_gaps(query_start_loc),
-        without_gaps(cache_indices), without_gaps(has_initial_state), ssm_states, last_state, pad_slot_id, out,
-        saved_states, k or 1,
-    )  # fmt: skip
-    if saved_states is not None:
-        saved_states = saved_states.mT
-    returned = tuple(x for x in (out, last_state, saved_states) if x is not None)
-    return returned if len(returned) > 1 else out
 
 
-def _by_group(name: str, x: torch.Tensor, u: torch.Tensor, n: int, packed: bool) -> torch.Tensor:
-    """B or C as a view ``[B, G, N, L]``, packed ``[G, N, T]``; one constant in time has a group a channel."""
-    channels, length = u.shape[-2:]
-    if packed:
-        grouped, dims = (x[None] if x.dim() == 2 else x), "[N, T] or [G, N, T]"
-    elif x.dim() == 2:
+def _check_groups(name: str, x: Form, u: Form, n: int, packed: bool) -> None:
+    """Refuse a B or C whose shape does not fit that of ``u``."""
+    (channels, length), dim = u.shape[-2:], len(x.shape)
+    if not packed and dim == 2:
         check_shape(_OP, name, x, "[D, N]", (channels, n))
-        return x[None, :, :, None].expand(u.shape[0], -1, -1, length)
-    else:
-        grouped, dims = (x[:, None] if x.dim() == 3 else x), "[D, N], [B, N, L] or [B, G, N, L]"
+        return
+    dims = "[N, T] or [G, N, T]" if packed else "[D, N], [B, N, L] or [B, G, N, L]"
+    one_group = dim == len(u.shape)
     if (
-        grouped.dim() != u.dim() + 1
-        or grouped.shape[-2:] != (n, length)
-        or grouped.shape[:-3] != u.shape[:-2]
+        not (one_group or dim == len(u.shape) + 1)
+        or x.shape[-2:] != (n, length)
+        or (not packed and x.shape[0] != u.shape[0])
     ):
         raise ValueError(
             f"{_OP}: {name} has shape {list(x.shape)} but must be {dims} with N = {n} and "
             f"{'T' if packed else 'L'} = {length} for u of shape {list(u.shape)}; reshape {name}"
         )
-    groups = grouped.shape[-3]
+    groups = 1 if one_group else x.shape[-3]
     if groups == 0 or channels % groups:
         raise ValueError(
             f"{_OP}: {name} has {groups} groups for {channels} channels but G must divide D; regroup {name}"
         )
-    return grouped
+
+
+def _by_group(x: torch.Tensor, u: torch.Tensor, packed: bool) -> torch.Tensor:
+    """B or C as a view ``[B, G, N, L]``, packed ``[G, N, T]``; one constant in time has a group a channel."""
+    if not packed and x.dim() == 2:
+        return x[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[-1])
+    return x.unsqueeze(-3) if x.dim() == u.dim() else x
 
 
 def _in_groups(x: torch.Tensor, groups: int) -> torch.Tensor:

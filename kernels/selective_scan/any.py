@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-import torch
 import triton
 import triton.language as tl
 
 from tp_mamba.kernels.common.approximations import LOG2_E
+from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.dialect import jit_by_type
 from tp_mamba.kernels.common.recurrence import ssm_token
 from tp_mamba.kernels.selective_scan.arguments import SelectiveScan
@@ -210,7 +210,7 @@ def launch(call: SelectiveScan, strides: Strides) -> None:
     if sequences == 0 or channels == 0:
         return
     plan, packed = any_plan(sequences, channels, n), call.query_start_loc is not None
-    with torch.cuda.device_of(call.u):
+    with on_device_of(call.u):
         _selective_scan_kernel[plan.grid](
             *tensors_of(call), 0 if packed else call.u.shape[-1], channels, channels // groups, call.pad_slot_id,
             *strides.u, *strides.delta, *strides.z, *strides.out, *strides.A, *strides.B, *strides.C, *strides.rest,

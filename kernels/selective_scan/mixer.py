@@ -24,7 +24,7 @@ import triton.language as tl
 
 from tp_mamba.kernels.common.alignment import strides_in_words
 from tp_mamba.kernels.common.approximations import LOG2_E, silu, softplus
-from tp_mamba.kernels.common.device import device_properties
+from tp_mamba.kernels.common.device import device_properties, on_device_of
 from tp_mamba.kernels.common.dialect import add, jit_by_type
 from tp_mamba.kernels.common.recurrence import recur
 from tp_mamba.kernels.selective_scan.arguments import SelectiveScan
@@ -336,7 +336,7 @@ def launch(call: SelectiveScan, strides: Strides) -> None:
     plan = mixer_plan(sequences, channels, n, call.delta_softplus, every, device_properties(call.u.device))
     by_token = strides[:4]
     in_rows = [x for x in (call.u, call.delta, call.z, call.out, call.B, call.C) if x is not None]
-    with torch.cuda.device_of(call.u):
+    with on_device_of(call.u):
         selective_scan_tiles_kernel[plan.grid](
             *tensors_of(call), 0 if call.query_start_loc is not None else call.u.shape[-1], channels, call.pad_slot_id,
             *(of_x[0] for of_x in by_token), *strides.A, strides.B[0], strides.C[0], *strides.rest,

@@ -19,19 +19,24 @@ import torch
 from tp_mamba.kernels.common.checks import (
     PAD_SLOT_NAME,
     VLLM_FORM,
+    check_device,
+    check_floating,
+    check_indices,
     check_shape,
-    check_tensors,
     not_supported,
     refuse_grad,
+    slot_column,
     without_gaps,
 )
-from tp_mamba.kernels.common.dispatch import use_triton
+from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
+from tp_mamba.kernels.common.remember import Key, forms, key_of, remembered
 from tp_mamba.kernels.common.static_operands import declare_static_operands
 from tp_mamba.kernels.common.step_shapes import check_step
 from tp_mamba.kernels.selective_scan import selective_scan_fn
 from tp_mamba.kernels.selective_state_update.arguments import StateUpdate
 
 _OP = "selective_state_update"
+_FLOATING = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "out")
 
 torch.library.define(
     "tp_mamba::selective_state_update",
@@ -41,7 +46,6 @@ torch.library.define(
 declare_static_operands("tp_mamba::selective_state_update", "A", "D", "dt_bias", "state_batch_indices")
 
 
-@torch.library.impl("tp_mamba::selective_state_update", ("cpu", "cuda"))
 def _selective_state_update(*arguments: Any) -> None:
     call = StateUpdate(*arguments)
     if not use_triton(call.x):
@@ -57,6 +61,9 @@ def _selective_state_update(*arguments: Any) -> None:
         mixer.launch(call, strides)
     else:
         any_layout.launch(call)
+
+
+torch.library.impl("tp_mamba::selective_state_update", ("cpu", "cuda"), _selective_state_update)
 
 
 @torch.library.register_fake("tp_mamba::selective_state_update")
@@ -118,26 +125,44 @@ def selective_state_update(
         ValueError: a wrong number of dimensions, size, dtype or device; before anything is written.
         RuntimeError: an input requires grad in grad mode (the op has no backward).
     """
-    named = [
-        ("state", state), ("x", x), ("dt", dt), ("A", A), ("B", B), ("C", C),
-        ("D", D), ("z", z), ("dt_bias", dt_bias), ("out", out),
-    ]  # fmt: skip
-    indices = [("state_batch_indices", state_batch_indices)]
-    check_tensors(_OP, ("x", x), named, indices)
+    floating = (state, x, dt, A, B, C, D, z, dt_bias, out)
+    keys = tuple(map(key_of, floating))
+    _check_tensors(keys, key_of(state_batch_indices))
 
     if cu_seqlens is not None:
         return _several_tokens(
             state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices, cu_seqlens, pad_slot_id, out
         )  # fmt: skip
-    state_batch_indices = check_step(_OP, state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, out)
-    refuse_grad(_OP, named)
+    slots = slot_column(_OP, "state_batch_indices", state_batch_indices)
+    _check_shapes(keys, key_of(slots))
+    refuse_grad(_OP, zip(_FLOATING, floating, strict=True))
 
     if out is None:
         out = torch.empty_like(x)
-    torch.ops.tp_mamba.selective_state_update(
-        state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, without_gaps(state_batch_indices), pad_slot_id, out
-    )
+    direct = calls_directly(state, x, dt, A, B, C, D, z, dt_bias, slots, out)
+    op = _selective_state_update if direct else torch.ops.tp_mamba.selective_state_update
+    op(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, without_gaps(slots), pad_slot_id, out)
     return out
+
+
+@remembered
+def _check_tensors(keys: tuple[Key | None, ...], slots: Key | None) -> None:
+    """Refuse wrong dtypes and devices; ``keys`` belong to ``_FLOATING``."""
+    named = forms(**dict(zip(_FLOATING, keys, strict=True)))
+    indices = forms(state_batch_indices=slots)
+    check_floating(_OP, named)
+    check_indices(_OP, indices)
+    x = named[1][1]
+    assert x is not None
+    check_device(_OP, x.device, "x", [*named, *indices])
+
+
+@remembered
+def _check_shapes(keys: tuple[Key | None, ...], slots: Key | None) -> None:
+    *named, (_, slots_form) = forms(**dict(zip((*_FLOATING, "slots"), (*keys, slots), strict=True)))
+    given: list[Any] = [form for _, form in named]
+    state, x, dt, A, B, C, D, z, dt_bias, out = given
+    check_step(_OP, state, x, dt, A, B, C, D, z, dt_bias, slots_form, out)
 
 
 def _several_tokens(

@@ -12,6 +12,7 @@ import torch
 import triton.language as tl
 
 from tp_mamba.kernels.common.approximations import LOG2_E
+from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.dialect import jit_by_type
 from tp_mamba.kernels.common.recurrence import ssm_token
 from tp_mamba.kernels.selective_state_update.arguments import StateUpdate
@@ -123,7 +124,7 @@ def launch(call: StateUpdate) -> None:
         return
     plan = any_plan(batch, heads, channels, n)
     of_x, of_dt, of_z, of_out = (_strides(y, 1, 3) for y in (x, dt, z, out))
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         _selective_state_update_kernel[plan.grid](
             state, x, dt, z, out, A, B, C, D, dt_bias, slots, channels, heads * channels // groups, pad_slot_id,
             *_strides(state, 1, 4), *of_x, *of_dt, *of_z, *of_out,

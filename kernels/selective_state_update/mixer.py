@@ -20,13 +20,13 @@ from __future__ import annotations
 
 from typing import no_type_check
 
-import torch
 import triton
 import triton.language as tl
 
 from tp_mamba.kernels.common.alignment import strides_in_words
 from tp_mamba.kernels.common.approximations import LOG2_E, silu, softplus
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.dialect import add, jit_by_type
 from tp_mamba.kernels.common.recurrence import recur
 from tp_mamba.kernels.selective_state_update.arguments import StateUpdate
@@ -195,7 +195,7 @@ def launch(call: StateUpdate, strides: tuple[int, ...]) -> None:
         return
     n = A.shape[1]
     plan = mixer_plan(batch, channels, n)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         state_update_rows_kernel[plan.grid](
             state, x, dt, z, out, A, B, C, D, dt_bias, slots,
             0, pad_slot_id if slots is not None else -1, *strides,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
+from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.dialect import tree_at
 from tp_mamba.kernels.common.integers import cdiv, next_power_of_2
 from tp_mamba.kernels.split_dt_bc.launch import launch_plan
@@ -105,7 +106,7 @@ def launch(
     plan = launch_plan(R, N, in_slices, dt.dtype)
     # The stride of a single row says nothing: it must not compile a kernel of its own.
     x_stride_t = R + 2 * N if T == 1 else x.stride(-2)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         _split_kernel[(cdiv(T, plan.BLOCK_T),)](
             dt, bc, x, dt_weight, b_weight, c_weight, T, eps,
             x_stride_t, x.stride(-1), R, N, count, next_power_of_2(count),
