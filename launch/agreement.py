@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 import torch
 
+from tp_mamba.checkpoint.files import MANIFEST
+from tp_mamba.checkpoint.sources.manifest import read_manifest
 from tp_mamba.config import MambaConfig
 from tp_mamba.model import MambaForCausalLM
 from tp_mamba.parallel.group import TensorParallel
@@ -26,7 +28,9 @@ def agree_on_arguments(tp: TensorParallel, args: argparse.Namespace, names: Iter
 
 
 def agree_on_weights(tp: TensorParallel, model: MambaForCausalLM) -> None:
-    """Compare what the ranks have loaded: the weights that each holds whole, which are the norms'.
+    """Compare what the ranks have loaded.
+
+    That is the weights that each holds whole, which are the norms', and of per-rank files the id of their writing.
 
     Raises:
         ValueError: on every rank, if the checkpoints differ.
@@ -36,4 +40,10 @@ def agree_on_weights(tp: TensorParallel, model: MambaForCausalLM) -> None:
         if tensor.shard.dim is None:
             whole = tensor.param.detach().cpu().contiguous()
             digest.update(tensor.name.encode() + whole.view(torch.uint8).numpy().tobytes())
-    tp.same_everywhere(**{"the content of the checkpoint": digest.hexdigest()})
+    manifest = None if model.checkpoint_folder is None else model.checkpoint_folder / MANIFEST
+    writing = read_manifest(manifest).writing if manifest is not None and manifest.is_file() else None
+    found = {
+        "the content of the checkpoint": digest.hexdigest(),
+        "the run of tp-mamba shard that wrote the checkpoint": writing,
+    }
+    tp.same_everywhere(**found)

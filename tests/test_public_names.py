@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -17,6 +18,11 @@ def test_every_exported_name_is_what_its_module_defines() -> None:
         assert name in dir(tp_mamba)
     with pytest.raises(AttributeError, match="has no attribute 'Mamba2'"):
         _ = tp_mamba.Mamba2
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert tp_mamba.__version__ == version("tp-mamba")
+    assert "__version__" in dir(tp_mamba)
 
 
 def test_importing_the_package_imports_no_torch() -> None:

@@ -6,7 +6,7 @@ The names below are what most programs need. Each is imported from its module wh
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -80,10 +80,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("tp-mamba")
     if name not in _MODULES:
         raise AttributeError(f"module 'tp_mamba' has no attribute {name!r}")
     return getattr(import_module(f"tp_mamba.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*globals(), *_MODULES, "__version__"})

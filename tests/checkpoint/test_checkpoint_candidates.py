@@ -18,11 +18,13 @@ from safetensors.torch import save_file
 from transformers import MambaConfig as HFConfig
 from transformers import MambaForCausalLM as HFModel
 
+from tp_mamba.checkpoint.config import read_family
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.location import resolve
 from tp_mamba.checkpoint.shards import shard_checkpoint
 from tp_mamba.checkpoint.sources.candidates import Layout, find_weights
 from tp_mamba.checkpoint.sources.open import open_source
+from tp_mamba.errors import ConfigError
 from tp_mamba.model import MambaForCausalLM
 
 TWICE = "holds weights twice, {} and {}, and nothing tells which are meant: remove the ones or the others"
@@ -165,6 +167,8 @@ def test_what_is_there_instead_of_weights(tmp_path):
     )
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     refuse(tmp_path, r"holds model-Q4_K_M\.gguf, weights quantised for llama\.cpp, .* in safetensors")
+    with pytest.raises(ConfigError, match=r"holds model-Q4_K_M\.gguf, weights quantised for llama\.cpp"):
+        read_family(tmp_path)  # and has no config.json
     write_safetensors(tmp_path)
     assert open_source(tmp_path).names() == ["a", "b", "c"]
 

@@ -9,7 +9,7 @@ from huggingface_hub.errors import IncompleteSnapshotError
 
 from tp_mamba.checkpoint import location
 from tp_mamba.checkpoint.errors import CheckpointError
-from tp_mamba.checkpoint.leftovers import LeftoverWarning
+from tp_mamba.checkpoint.leftovers import LeftoverWarning, workplace
 from tp_mamba.checkpoint.location import fetch, resolve
 
 
@@ -184,6 +184,20 @@ def test_folder_that_a_killed_writer_moved_away(tmp_path):
     (tmp_path / ".model.0123abcd.old").mkdir()
     with pytest.warns(LeftoverWarning, match=f"put back {tmp_path / 'model'}"):
         assert resolve(tmp_path / "model") == tmp_path / "model"
+
+
+def test_what_killed_writers_left_beside_a_folder_is_named(tmp_path, recwarn):
+    for name in ("model", ".model.0123abcd.new", ".model.4567abcd.old", ".other.0123abcd.new"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".model.0123abcd.lock").touch()
+    with workplace(tmp_path / "model") as (new, _):  # this writer lives
+        new.mkdir()
+        resolve(tmp_path / "model")
+        assert sorted(str(warning.message).partition(" was left")[0] for warning in recwarn) == [
+            f"{tmp_path}/.model.0123abcd.new",
+            f"{tmp_path}/.model.4567abcd.old",
+        ]
+    assert len(list(tmp_path.iterdir())) == 5  # a reader removes nothing
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\x1b[2J", "~nobody-here/x", "\ud800"])

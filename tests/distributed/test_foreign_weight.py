@@ -18,9 +18,14 @@ from safetensors.torch import load_file, save_file
 from tp_mamba import MambaConfig, MambaForCausalLM, MambaMetadataBuilder
 from tp_mamba.checkpoint.shards import merge_checkpoint, shard_checkpoint
 from tp_mamba.launch.verbs.plan import rows_of
-from tp_mamba.layers import weights
 from tp_mamba.layers.linear import ColumnParallelLinear
-from tp_mamba.layers.weights import Dense, LinearWeight, register_weight_kind
+from tp_mamba.layers.weights import (
+    Dense,
+    LinearWeight,
+    register_weight_kind,
+    unregister_weight_kind,
+    weight_kinds,
+)
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.parallel.module import ShardedModule
 from tp_mamba.parallel.sharding import Shard, sharded_tensors
@@ -66,7 +71,8 @@ class Factors(LinearWeight):
 def factors() -> Iterator[None]:
     register_weight_kind("factors", Factors())
     yield
-    del weights._KINDS["factors"]
+    unregister_weight_kind("factors")
+    assert weight_kinds() == ("dense",)
 
 
 def write(folder: Path) -> dict[str, torch.Tensor]:
@@ -158,6 +164,8 @@ class Other(Dense):
             lambda: ColumnParallelLinear(4, 4, weight_kind="fp5"),
             "unknown weight kind 'fp5': there are dense, factors",
         ),
+        (lambda: unregister_weight_kind("fp5"), "unknown weight kind 'fp5': there are dense, factors"),
+        (lambda: unregister_weight_kind("dense"), "'dense' cannot be removed: layers that name no kind"),
     ],
 )
 def test_refusals(call: Callable[[], Any], message: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tp_mamba.checkpoint.shards import shard_checkpoint
 from tp_mamba.launch.agreement import agree_on_arguments, agree_on_weights
 from tp_mamba.model import MambaForCausalLM
 from tp_mamba.parallel.group import TensorParallel
@@ -94,6 +95,16 @@ def test_other_weights(sample: Path, other: Path, ranks) -> None:
         save_file({name: tensor + torch.ones(()) for name, tensor in load_file(file).items()}, file)
     sentence = "the content of the checkpoint differs between the ranks"
     check(ranks(2).run(told, [str(sample), str(other)], [{}, {}]), sentence)
+
+
+def test_files_of_two_runs_of_shard(sample: Path, tmp_path: Path, ranks) -> None:
+    """Of the same weights here, of others in a mistake: a rank reads its own file alone, and norms can be alike."""
+    folders = [str(tmp_path / name) for name in ("first", "second")]
+    for folder in folders:
+        shard_checkpoint(sample, folder, 2)
+    check(ranks(2).run(told, [folders[0]] * 2, [{}, {}]), None)
+    sentence = "the run of tp-mamba shard that wrote the checkpoint differs between the ranks"
+    check(ranks(2).run(told, folders, [{}, {}]), sentence)
 
 
 def check(found: list[str | None], sentence: str | None) -> None:

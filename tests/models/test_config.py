@@ -11,6 +11,7 @@ from config_samples import FALCON, HF, JAMBA, RAW, without
 from tp_mamba.config import MambaConfig
 from tp_mamba.layers import weights
 from tp_mamba.model import build_mixer
+from tp_mamba.models import config as bare
 
 
 def test_raw_state_spaces():
@@ -242,3 +243,12 @@ def test_reads_what_transformers_writes(family, tmp_path):
 
 def test_hashable_and_comparable():
     assert hash(MambaConfig.from_dict(HF)) == hash(MambaConfig.from_dict(HF | {"use_cache": True}))
+
+
+def test_the_class_with_the_way_to_files_and_the_one_without_are_comparable():
+    public, inner = MambaConfig.from_dict(HF), bare.MambaConfig.from_dict(HF | {"use_cache": True})
+    assert public == inner
+    assert inner == public
+    assert hash(public) == hash(inner)
+    assert inner != MambaConfig.from_dict(HF | {"layer_norm_epsilon": 1e-3})
+    assert inner != dataclasses.asdict(inner)

@@ -54,6 +54,15 @@ def swapped(mixer: MambaMixer) -> MambaMixer:
         torch.__future__.set_swap_module_params_on_conversion(False)
 
 
+def swapped_state(mixer: MambaMixer) -> MambaMixer:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        mixer.load_state_dict({name: tensor.clone() for name, tensor in mixer.state_dict().items()})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    return mixer
+
+
 def assigned(mixer: MambaMixer) -> MambaMixer:
     state = {name: tensor.clone() for name, tensor in mixer.state_dict().items()}
     mixer.load_state_dict(state, assign=True)
@@ -68,6 +77,7 @@ WAYS: dict[str, Callable[[MambaMixer], MambaMixer]] = {
     "replaced": replaced,
     "swap_tensors": swapped,
     "load_state_dict(assign)": assigned,
+    "load_state_dict(swap_tensors)": swapped_state,
 }
 
 
@@ -131,7 +141,7 @@ def test_a_tensor_of_one_piece_has_no_shard_id() -> None:
         layer.weight.weight_loader(layer.weight, torch.zeros(8, 4), 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_a_dtype_that_is_no_weights_is_refused(dtype: torch.dtype) -> None:
     layer = ColumnParallelLinear(4, 8, prefix="dt_proj")
     before = layer.weight.clone()

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from tp_mamba.checkpoint.files import CONFIG
+from tp_mamba.checkpoint.files import CONFIG, GGUF_PATTERN, GGUF_REFUSED
 from tp_mamba.checkpoint.json_file import read_json_object
 from tp_mamba.errors import ConfigError
 from tp_mamba.models.config import MambaConfig
 from tp_mamba.models.registry import Family, family_of
-from tp_mamba.quoting import shown_path
+from tp_mamba.quoting import shown, shown_path
 
 Config = TypeVar("Config", bound=MambaConfig)
 
@@ -56,6 +56,8 @@ def _read_fields(folder: Path) -> dict[str, Any]:
     try:
         fields = read_json_object(path, remedy=_REMEDY, error=ConfigError)
     except FileNotFoundError:
+        if gguf := min(folder.glob(GGUF_PATTERN), default=None):  # such a file comes without a config.json
+            raise ConfigError(f"{shown_path(folder)} holds {shown(gguf.name)}, {GGUF_REFUSED}") from None
         raise ConfigError(f"{shown_path(folder)} has no {CONFIG}: give the folder of a checkpoint") from None
     try:
         # "\ud800" alone is JSON and no text: it could not be written back.

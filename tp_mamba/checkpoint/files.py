@@ -49,6 +49,12 @@ ADAPTER_PATTERNS: Final = (
 )
 """Files of an adapter as PEFT writes them. They change what a model computes, and transformers reads them."""
 
+GGUF_PATTERN: Final = "*.gguf"
+GGUF_REFUSED: Final = (
+    "weights quantised for llama.cpp, which are not read here: give the checkpoint that they were made from, in "
+    "safetensors"
+)
+
 _LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 
 

@@ -29,7 +29,7 @@ _LOCK: Final = "lock"
 
 
 class LeftoverWarning(UserWarning):
-    """A killed writer's leftovers were removed, or what it had taken away was put back."""
+    """A killed writer's leftovers were found or removed, or what it had taken away was put back."""
 
 
 @contextmanager
@@ -74,6 +74,19 @@ def recover(target: Path) -> None:
                     remove(path)
                     if not os.path.lexists(path):
                         _say(f"removed {shown_path(path)}, which a killed writer had left")
+
+
+def name_leftovers(target: Path) -> None:
+    """Name what killed writers of ``target`` left beside it, each in a :class:`LeftoverWarning`; touch nothing."""
+    for stamp, kinds in _leftovers(target).items():
+        if kinds == {_LOCK}:  # empty, or of a writer that begins just now
+            continue
+        with _taken(_sibling(target, stamp, _LOCK), keep=True) as dead:
+            for kind in sorted(kinds - {_LOCK}) if dead else ():
+                _say(
+                    f"{shown_path(_sibling(target, stamp, kind))} was left by a killed writer: the next one of "
+                    f"{shown(target.name)} removes it, or remove it"
+                )
 
 
 def _put_back(old: Path, target: Path) -> bool:
@@ -131,8 +144,11 @@ def _claim(target: Path) -> tuple[str, int]:
 
 
 @contextmanager
-def _taken(path: Path) -> Iterator[bool]:
-    """Whether the writer with the lock file ``path`` is dead; its lock is held meanwhile, and removed at the end."""
+def _taken(path: Path, *, keep: bool = False) -> Iterator[bool]:
+    """Whether the writer with the lock file ``path`` is dead; its lock is held meanwhile.
+
+    At the end the file of a dead writer is removed, unless it is to be kept.
+    """
     try:
         lock = os.open(path, os.O_RDWR)
     except FileNotFoundError:  # a writer makes it first and removes it last
@@ -144,7 +160,7 @@ def _taken(path: Path) -> Iterator[bool]:
     try:
         dead = _lock(lock) is True and _is_at(lock, path)
         yield dead
-        if dead:
+        if dead and not keep:
             path.unlink(missing_ok=True)
     finally:
         os.close(lock)

@@ -20,7 +20,7 @@ from tp_mamba.checkpoint.files import (
     SAFETENSORS_PATTERNS,
     refuse_adapter,
 )
-from tp_mamba.checkpoint.leftovers import recover
+from tp_mamba.checkpoint.leftovers import name_leftovers, recover
 from tp_mamba.quoting import NAME_LIMIT, shown, shown_path
 
 _HUB_TIMEOUT_S: Final = 10.0
@@ -35,7 +35,8 @@ def resolve(path_or_name: str | os.PathLike[str], *, config_only: bool = False) 
     """The folder ``path_or_name`` stands for: itself, or the local copy of that name on the Hugging Face hub.
 
     A name is downloaded to the hub's own cache, safetensors where the repository has them and else ``.bin``
-    files, with its tokenizer. ``HF_HUB_OFFLINE=1`` and an earlier download are respected.
+    files, with its tokenizer. ``HF_HUB_OFFLINE=1`` and an earlier download are respected. What killed writers left
+    beside a folder is named in a :class:`~tp_mamba.checkpoint.leftovers.LeftoverWarning`.
 
     Args:
         config_only: fetch nothing of a name but its config.json.
@@ -52,6 +53,8 @@ def resolve(path_or_name: str | os.PathLike[str], *, config_only: bool = False) 
             folder = copy.get((CONFIG, ADAPTER_CONFIG), (*COMPANIONS, *SAFETENSORS_PATTERNS))
             if not any(folder.glob("*.safetensors")):
                 folder = copy.get((*SAFETENSORS_PATTERNS, *BIN_PATTERNS))
+    else:
+        name_leftovers(folder.absolute())
     refuse_adapter(folder)
     return folder
 

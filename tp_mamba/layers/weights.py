@@ -126,6 +126,20 @@ def register_weight_kind(name: str, kind: LinearWeight) -> None:
     _KINDS[name] = kind
 
 
+def unregister_weight_kind(name: str) -> None:
+    """Forget a kind of weight; layers that were built with it keep it.
+
+    Raises:
+        ValueError: there is none of that name, or it is ``"dense"``, the kind of every layer that names no other.
+    """
+    if name == DENSE:
+        raise ValueError(
+            f"the weight kind {DENSE!r} cannot be removed: layers that name no kind are built with it"
+        )
+    get_weight_kind(name)
+    del _KINDS[name]
+
+
 def weight_kinds() -> tuple[str, ...]:
     """The names that layers can be built with."""
     return tuple(_KINDS)

@@ -66,6 +66,12 @@ class Backbone(nn.Module):
                 f"a whole {family.model_type} model cannot be built here, only Mamba and FalconMamba: take its Mamba "
                 "layers one by one with tp_mamba.model.build_mixer and tp_mamba.checkpoint.load.load_mixer"
             )
+        limit = min(config.intermediate_size, config.vocab_size)
+        if tp.size > limit:
+            raise ValueError(
+                f"a model of {config.intermediate_size} channels and {config.vocab_size} vocabulary rows cannot be "
+                f"split over {tp.size} tensor-parallel ranks: use at most {limit}"
+            )
         self.residual_in_fp32 = config.residual_in_fp32
         self.embeddings = VocabParallelEmbedding(
             config.vocab_size,
@@ -130,7 +136,7 @@ class CausalLM(nn.Module):
 
         Raises:
             ValueError: a Jamba configuration (its attention and expert layers are not part of this package), or
-                more ranks than channels.
+                more ranks than channels or rows of the vocabulary.
         """
         super().__init__()
         self.config, self.tp = config, checked(tp)

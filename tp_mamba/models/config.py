@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, Self
 
 import torch
@@ -149,6 +149,12 @@ class MambaConfig:
                 f"usable_vocab_size is {quoted(self.usable_vocab_size)}, it must be 1 to vocab_size "
                 f"({self.vocab_size}): {CORRECT_IT}"
             )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both describe the same model, be they of this class or the public :class:`tp_mamba.MambaConfig`."""
+        if not isinstance(other, MambaConfig):
+            return NotImplemented
+        return all(getattr(self, f.name) == getattr(other, f.name) for f in fields(MambaConfig) if f.compare)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:

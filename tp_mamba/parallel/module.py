@@ -1,8 +1,10 @@
 """A module whose parameters are cut over the ranks: its table, and the way in and out of each parameter.
 
 The table belongs to the module, not to its parameters, so it survives whatever replaces them: ``deepcopy``,
-pickling, ``to_empty``, ``.to()``, ``swap_tensors``, a new ``nn.Parameter`` under the old name. What a parameter itself
-carries, vLLM's ``param.weight_loader``, is attached again wherever a parameter can have been replaced.
+pickling, ``to_empty``, ``.to()``, ``load_state_dict``, a new ``nn.Parameter`` under the old name. What a parameter
+itself carries, vLLM's ``param.weight_loader``, is attached again where its module learns that it can be another.
+It does not learn of ``torch.utils.swap_tensors`` called on a parameter, which hands the loader to the other tensor:
+:meth:`ShardedModule.load_full` fills the new one then.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tp_mamba.kernels.common.dtypes import wide_dtype
+from tp_mamba.kernels.common.dtypes import DTYPES, FLOATS, wide_dtype
 from tp_mamba.parallel.group import TensorParallel, checked
 from tp_mamba.parallel.sharding import Shard
 
@@ -38,7 +40,8 @@ class WeightLoader:
 
         Args:
             param: the parameter that this loader was found on.
-            loaded_weight: of the shape of the full tensor, in any floating-point dtype.
+            loaded_weight: of the shape of the full tensor, in float32, bfloat16, float16 or float64, or in the
+                parameter's own dtype. Others, such as float8, stand for other numbers than theirs.
             shard_id: with a number, ``loaded_weight`` is that piece alone: 0 or 1 for the halves of in_proj.
 
         Raises:
@@ -123,10 +126,10 @@ class ShardedModule(nn.Module):
                 f"{called}: got a tensor of shape {list(full.shape)}, expected the full {list(expected)}; pass the "
                 "whole tensor of the checkpoint, the loader takes this rank's part"
             )
-        if full.dtype != held.dtype and not (full.is_floating_point() and held.is_floating_point()):
+        if full.dtype != held.dtype and not {full.dtype, held.dtype} <= FLOATS:
             raise ValueError(
-                f"{called}: got a tensor in {full.dtype} for a parameter in {held.dtype}: convert it to a "
-                "floating-point dtype first, or load the tensor that it stands for"
+                f"{called}: got a tensor in {full.dtype} for a parameter in {held.dtype}: convert it to one of "
+                f"{', '.join(DTYPES)} first, with its scales if it is quantised"
             )
         rank, n = self.tp.rank, self.tp.size
         if piece is None:
@@ -160,6 +163,10 @@ class ShardedModule(nn.Module):
         super()._apply(keep_wide, recurse=False)
         self._attach_loaders()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._attach_loaders()  # it can have swapped the parameters with those of the state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from tp_mamba.checkpoint.errors import CheckpointError
-from tp_mamba.checkpoint.files import BIN, MANIFEST, SAFETENSORS
+from tp_mamba.checkpoint.files import BIN, GGUF_PATTERN, GGUF_REFUSED, MANIFEST, SAFETENSORS
 from tp_mamba.checkpoint.json_file import read_json_object
 from tp_mamba.quoting import shown, shown_path
 
@@ -163,11 +163,8 @@ def _why_none(names: Sequence[str]) -> str:
             (shown(n) for n in sorted(names) if any(fnmatch(n, pattern) for pattern in patterns)), None
         )
 
-    if file := among("*.gguf"):
-        return (
-            f"holds {file}, weights quantised for llama.cpp, which are not read here: give the checkpoint that they "
-            "were made from, in safetensors"
-        )
+    if file := among(GGUF_PATTERN):
+        return f"holds {file}, {GGUF_REFUSED}"
     if file := among("*.safetensors", "*.bin", "*.pt", "*.pth"):
         return (
             f"holds {file}, but neither {SAFETENSORS} nor {BIN} nor an index that names it: copy the whole "
