@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -91,6 +92,15 @@ def tell(verb: str, kind: str, sentence: str) -> None:
     print(f"{f'tp-mamba {verb}'.strip()}: {kind}: {visible(sentence)}", file=sys.stderr, flush=True)
 
 
+_told: set[str] = set()
+"""Notes that were printed: a command looks at a folder more than once."""
+
+
+def _first_on_this_host() -> bool:
+    """Whether no rank or launcher before this process tells the same: notes are about files, which all of them see."""
+    return multiprocessing.parent_process() is None and os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextmanager
 def streams_that_take_all(verb: str) -> Iterator[None]:
     """Inside, stdout and stderr take every character, and warnings of this package are notes of ``verb``.
@@ -117,7 +127,10 @@ def streams_that_take_all(verb: str) -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         if category.__module__.startswith("tp_mamba."):
-            tell(verb, "note", str(message))
+            sentence = str(message)
+            if sentence not in _told and _first_on_this_host():
+                _told.add(sentence)
+                tell(verb, "note", sentence)
         else:
             shown(message, category, filename, lineno, file, line)
 

@@ -251,6 +251,22 @@ def test_notes_of_this_package_are_sentences(
     )
 
 
+def test_a_leftover_is_named_once(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").symlink_to(sample)
+    (tmp_path / ".model.0123abcd.new").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["info", str(tmp_path / "model")]) == 0
+        assert ".model.0123abcd.new was left by a killed writer" in error_line_of(capsys.readouterr().err)
+        assert cli.main(["info", str(tmp_path / "model")]) == 0  # in the same process
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        (tmp_path / ".model.4567abcd.new").mkdir()
+        assert cli.main(["info", str(tmp_path / "model")]) == 0
+        assert capsys.readouterr().err == ""
+
+
 def error_line_of(err: str) -> str:
     (line,) = err.splitlines()
     return line

@@ -84,8 +84,8 @@ def name_leftovers(target: Path) -> None:
         with _taken(_sibling(target, stamp, _LOCK), keep=True) as dead:
             for kind in sorted(kinds - {_LOCK}) if dead else ():
                 _say(
-                    f"{shown_path(_sibling(target, stamp, kind))} was left by a killed writer: the next one of "
-                    f"{shown(target.name)} removes it, or remove it"
+                    f"{shown_path(_sibling(target, stamp, kind))} was left by a killed writer of "
+                    f"{shown(target.name)}: the next one removes it, or remove it"
                 )
 
 

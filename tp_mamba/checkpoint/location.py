@@ -53,7 +53,7 @@ def resolve(path_or_name: str | os.PathLike[str], *, config_only: bool = False) 
             folder = copy.get((CONFIG, ADAPTER_CONFIG), (*COMPANIONS, *SAFETENSORS_PATTERNS))
             if not any(folder.glob("*.safetensors")):
                 folder = copy.get((*SAFETENSORS_PATTERNS, *BIN_PATTERNS))
-    else:
+    elif not config_only:
         name_leftovers(folder.absolute())
     refuse_adapter(folder)
     return folder
