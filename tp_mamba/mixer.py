@@ -190,7 +190,8 @@ class MambaMixer(TimeSteps):
             state_size=self.ssm_state_size,
             dt_dtype=self.dtype,
         )
-        dt_TR, B_TN, C_TN = copy_to_tp(dt_TR, tp), copy_to_tp(B_TN, tp), copy_to_tp(C_TN, tp)
+        if tp.size > 1:
+            dt_TR, B_TN, C_TN = copy_to_tp(dt_TR, tp), copy_to_tp(B_TN, tp), copy_to_tp(C_TN, tp)
         y_TD = self.advance(u_TD, z_TD, dt_TR, B_TN, C_TN, batch, ssm_state)
         return self.out_proj.partial(y_TD)
 

@@ -130,10 +130,14 @@ def linear_partial(
         return linear(x, weight)
     if not _has_kernel(x, weight):
         return linear(x.float(), weight.float())  # mm's out_dtype serves GPUs alone, and no gradient
-    if in_slices and x.dim() == 2 and _takes_kernel(x, weight) and _takes_slices(x, weight):
-        op = _skinny_linear_slices if calls_directly(x, weight) else torch.ops.tp_mamba.skinny_linear_slices
-        return op(x, weight)
     if _takes_kernel(x, weight):
+        if in_slices and x.dim() == 2 and _takes_slices(x, weight):
+            op = (
+                _skinny_linear_slices
+                if calls_directly(x, weight)
+                else torch.ops.tp_mamba.skinny_linear_slices
+            )
+            return op(x, weight)
         return _by_kernel(x, weight, torch.float32)
     # The GEMM accumulates in float32 anyway; this keeps its result from being rounded on the way out.
     y = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out_dtype=torch.float32)

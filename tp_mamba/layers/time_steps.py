@@ -157,14 +157,15 @@ class TimeSteps(ShardedModule):
         """One token of each decode row of ``batch``, into ``out``: in one kernel where dt_proj's weight is dense."""
         if ssm_state is None:  # no rows
             return out
-        weight = self.dt_proj.dense_weight()
+        dt_proj = self.dt_proj
+        weight = dt_proj.dense_weight()
         if weight is not None:
             dt_proj_state_update(
                 ssm_state,
                 u_TD,
                 dt_TR,
                 weight,
-                self.dt_proj.bias,
+                dt_proj.bias,
                 self.A,
                 B_TN,
                 C_TN,
@@ -175,7 +176,7 @@ class TimeSteps(ShardedModule):
                 out=out,
             )
             return out
-        delta_TD, dt_bias = self.dt_proj(dt_TR)
+        delta_TD, dt_bias = dt_proj(dt_TR)
         selective_state_update(
             ssm_state,
             u_TD,
@@ -206,11 +207,12 @@ class TimeSteps(ShardedModule):
         out: torch.Tensor,
     ) -> torch.Tensor:
         """The tokens of the prefills of ``batch``, into ``out``."""
-        weight, dt_bias = self.dt_proj.dense_weight(), None
+        dt_proj = self.dt_proj
+        weight, dt_bias = dt_proj.dense_weight(), None
         if weight is not None:
-            delta_TD = linear_softplus(dt_TR, weight, self.dt_proj.bias)
+            delta_TD = linear_softplus(dt_TR, weight, dt_proj.bias)
         else:
-            delta_TD, dt_bias = self.dt_proj(dt_TR)
+            delta_TD, dt_bias = dt_proj(dt_TR)
         stateful = ssm_state is not None
         selective_scan_fn(
             u_TD.t(),
