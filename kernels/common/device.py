@@ -43,6 +43,7 @@ _AS_IT_IS = nullcontext()
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
     """A context in which ``x``'s device is the current one, as a launch wants it; free where it is already."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
+    index = x.get_device()  # -1 for a CPU
+    if index >= 0 and index != torch.cuda.current_device():
+        return torch.cuda.device(index)
     return _AS_IT_IS
