@@ -74,8 +74,9 @@ def check_inner(device: str, place: str, dtype: torch.dtype, constant: str, norm
     d, length = {"cpu": (32, 19), "interpreter": (16, 6), "cuda": (1536, 128)}[place]
     inputs = inner_inputs(d, length, dtype, constant, norms)
     exact = inner_reference(double(inputs))
-    reference = inner_reference(inputs)
     call = copies(inputs, torch.device(device))
+    # On the same device: the library's float32 products over K = 1536 do not round alike on a GPU and a CPU.
+    reference = inner_reference(call).cpu()
     memory = Memory(call)
     out = mamba_inner_fn(**call)
     memory.assert_unchanged_but()
@@ -121,7 +122,7 @@ def test_inner_of_nothing(shape: tuple[int, int]) -> None:
         ({"xz": torch.zeros(2, 30, 5)}, "xz has shape [2, 30, 5] but [B, 2 D, L] is [2, 32, 5]"),
         ({"xz": torch.zeros(32, 5)}, "xz has shape [32, 5]: expected [B, 2 D, L]"),
         ({"conv1d_weight": torch.zeros(16, 4)}, "conv1d_weight has shape [16, 4]: expected [D, 1, K]"),
-        ({"conv1d_weight": torch.zeros(16, 1, 5)}, "expected [D, K] with K from 2 to 4"),
+        ({"conv1d_weight": torch.zeros(16, 1, 5)}, "a convolution width K of 5 but K must be 2 to 4"),
         (
             {"x_proj_weight": torch.zeros(20, 16)},
             "x_proj_weight has shape [20, 16] but [R + 2 N, D] is [21, 16]",

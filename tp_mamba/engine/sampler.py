@@ -141,11 +141,12 @@ def _keep_top_k(relative: torch.Tensor, params: SamplingParams | RowParams) -> N
 def _quotient(x: torch.Tensor, by: float | torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """``x / by`` with the same bits whether ``by`` is a number or a column of that number.
 
-    On a GPU torch multiplies by the reciprocal of a number but divides by a tensor: left alone, the last bit of a
-    row's weights would depend on whether its neighbours have the same temperature.
+    On a GPU torch may divide by a number in another way than by a tensor (by its reciprocal). Left alone, the last bit
+    of a row's weights would depend on whether its neighbours have the same temperature, so there a number becomes a
+    tensor.
     """
-    if isinstance(by, torch.Tensor) and x.is_cuda:
-        return torch.mul(x, by.reciprocal(), out=out)
+    if x.is_cuda and not isinstance(by, torch.Tensor):
+        by = torch.full((), by, dtype=x.dtype, device=x.device)
     return torch.div(x, by, out=out)
 
 
