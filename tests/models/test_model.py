@@ -76,7 +76,7 @@ def test_a_whole_jamba_and_too_many_ranks_are_refused() -> None:
     config = MambaConfig.from_dict(falcon_mamba().config.to_dict())
     with pytest.raises(
         ValueError,
-        match=r"a model of 37 channels and .* cannot be split over 38 tensor-parallel ranks: use at most 37",
+        match=r"a model of 37 channels and .* is too small for 38 tensor-parallel ranks: use at most 37 ranks",
     ):
         MambaForCausalLM(config, TensorParallel.virtual(0, 38), device="meta")
 

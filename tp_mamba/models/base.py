@@ -69,8 +69,8 @@ class Backbone(nn.Module):
         limit = min(config.intermediate_size, config.vocab_size)
         if tp.size > limit:
             raise ValueError(
-                f"a model of {config.intermediate_size} channels and {config.vocab_size} vocabulary rows cannot be "
-                f"split over {tp.size} tensor-parallel ranks: use at most {limit}"
+                f"a model of {config.intermediate_size} channels and {config.vocab_size} vocabulary rows is too "
+                f"small for {tp.size} tensor-parallel ranks: use at most {limit} ranks"
             )
         self.residual_in_fp32 = config.residual_in_fp32
         self.embeddings = VocabParallelEmbedding(
