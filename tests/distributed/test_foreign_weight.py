@@ -164,7 +164,10 @@ class Other(Dense):
             lambda: ColumnParallelLinear(4, 4, weight_kind="fp5"),
             "unknown weight kind 'fp5': there are dense, (.*, )?factors;",
         ),
-        (lambda: unregister_weight_kind("fp5"), "unknown weight kind 'fp5': there are dense, (.*, )?factors;"),
+        (
+            lambda: unregister_weight_kind("fp5"),
+            "unknown weight kind 'fp5': there are dense, (.*, )?factors;",
+        ),
         (lambda: unregister_weight_kind("dense"), "'dense' cannot be removed: layers that name no kind"),
     ],
 )
