@@ -109,6 +109,10 @@ def join(backend: str | None, timeout: timedelta | None) -> Place:
     seen = dist.PrefixStore("tp_mamba", store)
     seen.set(str(rank), json.dumps(asdict(see(backend))))
     facts = [json.loads(seen.get(str(other))) for other in range(size)]
+    if seen.add("read", 1) == size:
+        seen.set("all_read", "")
+    if rank == 0:  # the store may end with it: where it refuses, the others must have read why
+        seen.wait(["all_read"])
     place = decide([Seen(**{**fact, "gpus": tuple(fact["gpus"])}) for fact in facts])[rank]
     if place.gpu is not None:
         torch.cuda.set_device(place.gpu)
