@@ -9,6 +9,7 @@ from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn
 from tp_mamba.kernels.common.checks import check_device, check_floating, check_shape, refuse_grad
 from tp_mamba.kernels.compat.keywords import Unused, only_defaults
 from tp_mamba.kernels.rms_norm import rms_norm
+from tp_mamba.kernels.selective_scan import selective_scan
 from tp_mamba.kernels.selective_scan import selective_scan_fn as _scan
 from tp_mamba.kernels.selective_state_update import selective_state_update
 
@@ -33,7 +34,9 @@ def selective_scan_fn(
     *,
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """:func:`tp_mamba.kernels.selective_scan.selective_scan_fn` with the two arguments that forks of mamba_ssm add.
+    """:func:`tp_mamba.kernels.selective_scan.selective_scan` with the two arguments that forks of mamba_ssm add.
+
+    It has gradients for every input. That of the last state is taken into account, where mamba_ssm drops it.
 
     Args:
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state: as there, ``u`` as ``[B, D, L]``.
@@ -43,15 +46,13 @@ def selective_scan_fn(
 
     Raises:
         ValueError: as there; or both ``prev_state`` and ``cu_seqlens``, or more than one sequence with ``cu_seqlens``.
-        RuntimeError: an input requires grad while grad mode is on.
+        RuntimeError: a second gradient is asked for.
     """
     op = "selective_scan_fn"
     if cu_seqlens is None:
-        states = None if prev_state is None else prev_state.clone()
-        initial = None if prev_state is None else u.new_ones(u.shape[0], dtype=torch.bool)
-        return _scan(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state,
-            ssm_states=states, has_initial_state=initial,
+        return selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus,
+            initial_states=prev_state, return_final_states=return_last_state,
         )  # fmt: skip
     if prev_state is not None:
         raise ValueError(

@@ -98,3 +98,64 @@ def selective_scan_reference(
         y_all = y_all * F.silu(dense(z))
     out = (y_all if query_start_loc is None else y_all[0]).to(u.dtype)
     return (out, last_state) if saved_states is None else (out, last_state, saved_states)
+
+
+def selective_scan_gradients_reference(
+    inputs: dict[str, torch.Tensor],
+    grad_out: torch.Tensor | None,
+    grad_final: torch.Tensor | None = None,
+    *,
+    delta_softplus: bool = False,
+    query_start_loc: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Gradients of the scan by autograd through the loop above, written so that autograd sees through it.
+
+    Args:
+        inputs: the tensors of :func:`tp_mamba.kernels.selective_scan.selective_scan` by name; None for an absent one.
+        grad_out, grad_final: the gradients of its output and of its final states; None for zeros.
+
+    Returns:
+        The gradient of every input that there is, in its dtype.
+    """
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items() if x is not None}
+    u, A = leaves["u"], leaves["A"]
+    dtype, packed = wide_dtype(u.dtype), query_start_loc is not None
+    spans = [(b, 0, u.shape[-1]) for b in range(u.shape[0])]
+    if query_start_loc is not None:
+        spans = [(0, start, stop) for start, stop in pairwise(query_start_loc.tolist())]
+
+    def of_channels(x: torch.Tensor) -> torch.Tensor:
+        """B or C as ``[B, D, N, L]``, packed ``[1, D, N, T]``."""
+        if not packed and x.dim() == 2:
+            return x[None, :, :, None].expand(u.shape[0], -1, -1, u.shape[-1]).to(dtype)
+        x = x[None] if packed else x
+        x = x[:, None] if x.dim() == 3 else x
+        return x.repeat_interleave(A.shape[0] // x.shape[1], dim=1).to(dtype)
+
+    wide = {name: x.to(dtype) for name, x in leaves.items()}
+    b_all, c_all = of_channels(leaves["B"]), of_channels(leaves["C"])
+    x_all, dt_all = (wide[name][None] if packed else wide[name] for name in ("u", "delta"))
+    if "delta_bias" in wide:
+        dt_all = dt_all + wide["delta_bias"][:, None]
+    if delta_softplus:
+        dt_all = F.softplus(dt_all, threshold=20.0)
+    loss = u.new_zeros((), dtype=dtype)
+    for s, (row, start, stop) in enumerate(spans):
+        h = wide["initial_states"][s] if "initial_states" in wide else torch.zeros_like(A, dtype=dtype)
+        for t in range(start, stop):
+            dt, x = dt_all[row, :, t, None], x_all[row, :, t, None]
+            h = torch.exp(dt * wide["A"]) * h + dt * b_all[row, :, :, t] * x
+            y = (h * c_all[row, :, :, t]).sum(-1)
+            if "D" in wide:
+                y = y + wide["D"] * x[:, 0]
+            if "z" in wide:
+                y = y * F.silu(wide["z"][..., t] if packed else wide["z"][row, :, t])
+            if grad_out is not None:
+                loss = loss + (y * (grad_out[..., t] if packed else grad_out[row, :, t]).to(dtype)).sum()
+        if grad_final is not None:
+            loss = loss + (h * grad_final[s].to(dtype)).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(x) if grad is None else grad
+        for (name, x), grad in zip(leaves.items(), grads, strict=True)
+    }

@@ -258,7 +258,6 @@ def record(
     sequences: int, channels: int, k: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Any, LaunchPlan, Any]:
     """The kernel chosen for a mixer's call with 16 states, its plan, and its launch."""
-    import tp_mamba.kernels.selective_scan as op
     import tp_mamba.kernels.selective_scan.mixer as module
 
     T, N = 8 * sequences, 16
@@ -270,7 +269,7 @@ def record(
     launches = Launches()
     with monkeypatch.context() as patch:
         patch.setattr(module, "selective_scan_tiles_kernel", launches)
-        patch.setattr(op, "use_triton", lambda x: True)
+        patch.setattr("tp_mamba.kernels.selective_scan.operator.use_triton", lambda x: True)
         selective_scan_fn(
             x[:, :channels].t(), x[:, :channels].t(), torch.zeros(N, channels).t(), bc[:, :N].t(), bc[:, N:].t(),
             torch.zeros(channels), x[:, channels:].t(),
