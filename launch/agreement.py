@@ -27,10 +27,13 @@ def agree_on_arguments(tp: TensorParallel, args: argparse.Namespace, names: Iter
     tp.same_everywhere(**given, **{"config.json of the checkpoint": config})
 
 
-def agree_on_weights(tp: TensorParallel, model: MambaForCausalLM) -> None:
+def agree_on_weights(tp: TensorParallel, model: MambaForCausalLM) -> str:
     """Compare what the ranks have loaded.
 
     That is the weights that each holds whole, which are the norms', and of per-rank files the id of their writing.
+
+    Returns:
+        A digest of the former, which is the same at every number of ranks.
 
     Raises:
         ValueError: on every rank, if the checkpoints differ.
@@ -47,3 +50,4 @@ def agree_on_weights(tp: TensorParallel, model: MambaForCausalLM) -> None:
         "the run of tp-mamba shard that wrote the checkpoint": writing,
     }
     tp.same_everywhere(**found)
+    return digest.hexdigest()

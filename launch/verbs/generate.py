@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tp_mamba.engine.params import SamplingParams
@@ -15,9 +13,9 @@ from tp_mamba.launch.arguments import (
     positive_int,
     rank_count,
     sampling,
-    torch_dtype,
 )
-from tp_mamba.launch.console import facts, human_bytes, print_json, progress_bar, show, tell
+from tp_mamba.launch.console import facts, human_bytes, print_json, show, tell
+from tp_mamba.launch.jsonl.arguments import add_file_arguments, check_file_arguments, examine_files
 from tp_mamba.launch.output import Output
 from tp_mamba.launch.prompts import check_prompt_arguments, read_prompts, share_prompts
 from tp_mamba.launch.ranks.failures import under_torchrun
@@ -30,9 +28,7 @@ from tp_mamba.launch.ranks.start import (
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from tokenizers import Tokenizer
 
-    from tp_mamba.model import MambaForCausalLM
     from tp_mamba.parallel.group import TensorParallel
 
 USES_RANKS = True
@@ -43,6 +39,7 @@ EXAMPLES = """\
   tp-mamba generate ./mamba-130m-hf --tp 2 --temperature 0.8 --top-p 0.95 --seed 7 --prompt "The sea"
   tp-mamba generate ./mamba-130m-hf --prompt "The sea" --prompt "The land" --max-new-tokens 32
   tp-mamba generate ./falcon-mamba-7b-instruct --chat --prompt "Why is the sea salty?"
+  tp-mamba generate ./mamba-130m-hf --prompts requests.jsonl --output results.jsonl
   echo "The sea" | tp-mamba generate ./mamba-130m-hf --prompt - --json
   torchrun --nproc-per-node 2 -m tp_mamba.launch generate ./mamba-130m-hf --prompt "The sea"
 """
@@ -65,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a file in UTF-8 whose whole text is one more prompt; may be repeated",
     )
+    add_file_arguments(parser)
     parser.add_argument(
         "--tokenizer",
         metavar="PATH_OR_NAME",
@@ -125,15 +123,22 @@ def add_sampling(group: argparse._ActionsContainer) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Read the prompts and check the sampling parameters, before any rank starts.
+    """Read the prompts, or look at the files, and check the sampling parameters, before any rank starts.
 
     Where torchrun has started the ranks already, the prompts are read in :func:`run`, by rank 0.
     """
     check_device_arguments(args.device, args.backend)
-    check_prompt_arguments(args.prompt, args.prompt_file)
+    check_file_arguments(args)
+    if args.prompts is None:
+        check_prompt_arguments(args.prompt, args.prompt_file)
     size = resolve_rank_count(args.tp, args.device)
     check_device(args.device, args.backend, size)
-    args.prompts = None if under_torchrun() else read_prompts(args.prompt, args.prompt_file)
+    args.texts = args.found = None
+    if not under_torchrun():
+        if args.prompts is None:
+            args.texts = read_prompts(args.prompt, args.prompt_file)
+        else:
+            args.found = examine_files(args)
     given = {field: getattr(args, field) for field in SamplingParams.__dataclass_fields__}
     args.params = SamplingParams(**given)
     from tp_mamba.checkpoint.location import resolve
@@ -146,19 +151,18 @@ def prepare(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     """Load this rank's part of the model and generate; rank 0 prints."""
     from tp_mamba.engine.generate import stream
-    from tp_mamba.launch.agreement import agree_on_arguments, agree_on_weights
-    from tp_mamba.model import MambaForCausalLM
+    from tp_mamba.launch.agreement import agree_on_arguments
+    from tp_mamba.launch.jsonl.command import run_file
+    from tp_mamba.launch.loading import describe, load_encoder, load_model
 
-    agree_on_arguments(
-        tp, args, (*SamplingParams.__dataclass_fields__, "dtype", "device", "chat", "max_batch_size")
-    )
-    prompts = args.prompts or share_prompts(args.prompt, args.prompt_file, tp)
-    prompt_ids, tokenizer = encode(prompts, args.tokenizer or args.checkpoint, tp, chat=args.chat)
-    with progress_bar(tp.rank == 0) as progress:
-        model = MambaForCausalLM.from_pretrained(
-            args.checkpoint, tp=tp, dtype=torch_dtype(args.dtype), device=tp.device, progress=progress
-        )
-    agree_on_weights(tp, model)
+    names = ("dtype", "device", "chat", "max_batch_size", "prompts")
+    agree_on_arguments(tp, args, (*SamplingParams.__dataclass_fields__, *names))
+    if args.prompts is not None:
+        return run_file(args, tp)
+    prompts = args.texts or share_prompts(args.prompt, args.prompt_file, tp)
+    encoder, tokenizer = load_encoder(args, tp)
+    prompt_ids = [encoder(prompt) for prompt in prompts]
+    model, _ = load_model(args, tp)
     speaks = tp.rank == 0 and not args.json
     output = Output(prompts, speaks, echo=not args.chat)
     events = stream(model, prompt_ids, args.params, tokenizer, max_batch_size=args.max_batch_size)
@@ -178,37 +182,6 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     if output.errors:
         raise RuntimeError("; ".join(output.errors))
     return 0
-
-
-def encode(
-    prompts: Sequence[str], folder_or_name: str, tp: TensorParallel, *, chat: bool
-) -> tuple[list[list[int]], Tokenizer]:
-    """The prompts' token ids, as a conversation's first turn if ``chat``, and the tokenizer that made them."""
-    from tp_mamba.text.chat import load_chat_template
-    from tp_mamba.text.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(folder_or_name, tp)
-    if not chat:
-        return [tokenizer.encode(prompt).ids for prompt in prompts], tokenizer
-    template = load_chat_template(folder_or_name, tp)
-    turns = [template.render([{"role": "user", "content": prompt}]) for prompt in prompts]
-    # The template has written the special tokens.
-    return [tokenizer.encode(turn, add_special_tokens=False).ids for turn in turns], tokenizer
-
-
-def describe(model: MambaForCausalLM) -> dict[str, Any]:
-    """What runs where: ranks, backend, device, dtype, parameters of the whole model, bytes on each rank."""
-    from tp_mamba.parallel.sharding import sharded_tensors
-
-    tensors = list(sharded_tensors(model))
-    return {
-        "ranks": model.tp.size,
-        "backend": model.tp.backend,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": sum(math.prod(tensor.shard.shape) for tensor in tensors),
-        "bytes_per_rank": model.tp.all_gather_object(sum(tensor.param.nbytes for tensor in tensors)),
-    }
 
 
 def _summary(report: dict[str, Any]) -> Table:

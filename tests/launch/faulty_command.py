@@ -17,7 +17,7 @@ from tp_mamba.launch import cli
 from tp_mamba.model import MambaForCausalLM
 
 VICTIM, PLACE, FAULT, *ARGUMENTS = sys.argv[1:]
-STEP = 3
+STEP = int(os.environ.get("FAULT_STEP", "3"))
 """Forward pass in which a fault "while generating" strikes."""
 
 steps = 0
