@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import torch
 
+from tp_mamba.kernels.causal_conv1d.backward import convolve_tracked
+from tp_mamba.kernels.causal_conv1d.outputs import empty_rows, states_to_advance
 from tp_mamba.kernels.common.checks import (
     PAD_SLOT_NAME,
     PREFIX_CACHING,
@@ -32,9 +34,12 @@ from tp_mamba.kernels.common.checks import (
     without_gaps,
 )
 from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
+from tp_mamba.kernels.common.gradients import refuse_in_place, tracks_grad
 from tp_mamba.kernels.common.limits import ACTIVATIONS, check_activation, check_conv_width
 from tp_mamba.kernels.common.remember import Form, Key, forms, key_of, remembered
 from tp_mamba.kernels.common.static_operands import declare_static_operands
+
+_STATES = "pass initial_states and return_final_states=True, or call it under torch.no_grad()"
 
 
 def _forward(
@@ -161,7 +166,10 @@ def causal_conv1d_fn(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value, or excludes another.
-        RuntimeError: an input requires grad while grad mode is on.
+        RuntimeError: an input requires grad in grad mode, and ``conv_states`` or ``out`` would be written in place.
+
+    Differentiable in x, weight, bias and initial_states, from both results: ``backward.py``. The forward's bits are
+    the same with and without a gradient; x is kept for the backward.
     """
     if seq_idx is not None:
         raise ValueError(
@@ -218,15 +226,16 @@ def causal_conv1d_fn(
                 "sequences by channels by K - 1"
             )
 
+    if tracks_grad(x, weight, bias, out, *states_given.values()):
+        refuse_in_place("causal_conv1d_fn", out=(out, "leave it out"), conv_states=(conv_states, _STATES))
+        options = (initial_states, query_start_loc, return_final_states, final_states_out)
+        return convolve_tracked(x, weight, without_gaps(bias), silu, *options)
+
     if out is None:
-        out = _empty_rows(x, channel_dim)
-    states, all_initial = conv_states, False
-    if initial_states is not None or return_final_states:
-        # The op advances states in place; dense calls hand it a copy.
-        all_initial = initial_states is not None
-        dtype = initial_states.dtype if initial_states is not None and not return_final_states else x.dtype
-        states = x.new_empty(shape, dtype=dtype) if final_states_out is None else final_states_out
-        states.zero_() if initial_states is None else states.copy_(initial_states)
+        out = empty_rows(x, channel_dim)
+    states, all_initial = conv_states, initial_states is not None
+    if states is None:  # the op advances states in place: it is handed a copy
+        states = states_to_advance(x, shape, initial_states, return_final_states, final_states_out)
     tensors = (out, x, weight, bias, states, query_start_loc, cache_indices, has_initial_state)
     op = _forward if calls_directly(*tensors) else torch.ops.tp_mamba.causal_conv1d
     op(
@@ -282,7 +291,7 @@ def causal_conv1d_update(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
-        RuntimeError: an input requires grad while grad mode is on.
+        RuntimeError: an input requires grad in grad mode: the state is written in place.
     """
     if cache_seqlens is not None:
         raise ValueError(
@@ -292,6 +301,8 @@ def causal_conv1d_update(
     if x.dim() not in (2, 3):
         raise ValueError(f"causal_conv1d_update: x has shape {list(x.shape)}: expected [B, D] or [B, D, L]")
     silu = _check("causal_conv1d_update", x, 1, weight, bias, activation, out, conv_state=conv_state)
+    named = (("x", x), ("weight", weight), ("bias", bias), ("out", out), ("conv_state", conv_state))
+    refuse_grad("causal_conv1d_update", named)
     conv_state_indices = slot_column("causal_conv1d_update", "conv_state_indices", conv_state_indices)
     _check_sequences("causal_conv1d_update", "conv_state_indices", conv_state_indices, x.shape[0], x)
     if conv_state_indices is None and conv_state.shape[0] < x.shape[0]:
@@ -300,19 +311,11 @@ def causal_conv1d_update(
             "give each a slot, or say which one with conv_state_indices"
         )
     if out is None:
-        out = _empty_rows(x, 1)
+        out = empty_rows(x, 1)
     direct = calls_directly(out, x, conv_state, weight, bias, conv_state_indices)
     op = _update if direct else torch.ops.tp_mamba.causal_conv1d_update
     op(out, x, conv_state, weight, without_gaps(bias), silu, conv_state_indices, pad_slot_id)
     return out
-
-
-def _empty_rows(x: torch.Tensor, channel_dim: int) -> torch.Tensor:
-    """An uninitialised tensor of x's shape; channels contiguous where x has them so, else the last axis."""
-    if x.stride(channel_dim) != 1:
-        return x.new_empty(x.shape)
-    token_major = x.movedim(channel_dim, -1)
-    return x.new_empty(token_major.shape).movedim(-1, channel_dim)
 
 
 def _check(
@@ -332,7 +335,6 @@ def _check(
     for name, state in states.items():
         keys += ((name, key_of(state)),)
     _check_forms(op, key_of(x), channel_dim, key_of(weight), key_of(bias), key_of(out), keys)
-    refuse_grad(op, (("x", x), ("weight", weight), ("bias", bias), ("out", out), *states.items()))
     return activation is not None
 
 

@@ -6,7 +6,8 @@ product, and for one or two rows of float32 a batch of blocks (``cpu.py``).
 
 Bits: in the kernel k is summed in slices of a fixed width, and these in a fixed binary tree (``launch.py``). A row of
 the result depends neither on the other rows nor on their number, and is the same in every run. (The library may choose
-by the number of rows.)
+by the number of rows.) With a gradient to track the same products are taken, so that training computes the bits of
+inference; the gradients are the library's products (``backward.py``).
 
 Letters: ``x [M, k]``, M rows; ``weight [out, k]``.
 """
@@ -19,12 +20,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tp_mamba.kernels.common.checks import check_device, refuse_grad
+from tp_mamba.kernels.common.checks import check_device
 from tp_mamba.kernels.common.device import device_properties
 from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
 from tp_mamba.kernels.common.dtypes import HALVES
 from tp_mamba.kernels.common.remember import Form, Key, forms, key_of, remembered
 from tp_mamba.kernels.common.static_operands import declare_static_operands
+from tp_mamba.kernels.linear import backward
 from tp_mamba.kernels.linear.cpu import linear_by_blocks, prefers_blocks, skinny_linear_cpu, slices_cpu
 from tp_mamba.kernels.linear.launch import (
     MAX_ROWS,
@@ -74,11 +76,25 @@ def _skinny_linear_slices(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
     return sums
 
 
+def _linear_float32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if not x.is_cuda:
+        return F.linear(x.float(), weight.float())
+    # The GEMM accumulates in float32 anyway; this keeps its result from being rounded on the way out.
+    return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+
+torch.library.define("tp_mamba::linear_float32", "(Tensor x, Tensor weight) -> Tensor")
 torch.library.define("tp_mamba::skinny_linear", "(Tensor x, Tensor weight, ScalarType out_dtype) -> Tensor")
 torch.library.define("tp_mamba::skinny_linear_slices", "(Tensor x, Tensor weight) -> Tensor")
+torch.library.impl("tp_mamba::linear_float32", ("cpu", "cuda"), _linear_float32)
 torch.library.impl("tp_mamba::skinny_linear", ("cpu", "cuda"), _skinny_linear)
 torch.library.impl("tp_mamba::skinny_linear_slices", ("cpu", "cuda"), _skinny_linear_slices)
 declare_static_operands("tp_mamba::skinny_linear", "weight")
+
+
+@torch.library.register_fake("tp_mamba::linear_float32")
+def _linear_float32_fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
 @torch.library.register_fake("tp_mamba::skinny_linear")
@@ -90,6 +106,14 @@ def _skinny_linear_fake(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.
 def _skinny_linear_slices_fake(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     out_size, k = weight.shape
     return x.new_empty(sums_per_product(out_size, k), x.shape[0], out_size, dtype=torch.float32)
+
+
+for _op, _gradients in (
+    ("linear_float32", backward.linear_gradients),
+    ("skinny_linear", backward.linear_gradients),
+    ("skinny_linear_slices", backward.slices_gradients),
+):
+    torch.library.register_autograd(f"tp_mamba::{_op}", _gradients, setup_context=backward.save_product)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -129,7 +153,7 @@ def linear_partial(
     if not (in_float32 and x.dtype.itemsize < 4):
         return linear(x, weight)
     if not _has_kernel(x, weight):
-        return linear(x.float(), weight.float())  # mm's out_dtype serves GPUs alone, and no gradient
+        return linear(x.float(), weight.float())  # mm's out_dtype serves GPUs alone
     if _takes_kernel(x, weight):
         if in_slices and x.dim() == 2 and _takes_slices(x, weight):
             op = (
@@ -139,15 +163,14 @@ def linear_partial(
             )
             return op(x, weight)
         return _by_kernel(x, weight, torch.float32)
-    # The GEMM accumulates in float32 anyway; this keeps its result from being rounded on the way out.
-    y = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out_dtype=torch.float32)
+    product = _linear_float32 if calls_directly(x, weight) else torch.ops.tp_mamba.linear_float32
+    y = product(x.reshape(-1, x.shape[-1]), weight)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _has_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a GPU computes this without a gradient to track."""
-    tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return x.is_cuda and x.dtype == weight.dtype and not tracked
+    """Whether a GPU computes this."""
+    return x.is_cuda and x.dtype == weight.dtype
 
 
 def _takes_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -197,7 +220,6 @@ def skinny_linear(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, layout or device.
-        RuntimeError: an input requires grad while grad mode is on.
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype
     _check(x, weight)
@@ -222,7 +244,6 @@ def skinny_linear_slices(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, layout or device.
-        RuntimeError: an input requires grad while grad mode is on.
     """
     _check(x, weight)
     op = _skinny_linear_slices if calls_directly(x, weight) else torch.ops.tp_mamba.skinny_linear_slices
@@ -236,7 +257,6 @@ def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
             f"{_OP}: weight has stride {weight.stride(1)} between columns but they must be contiguous; "
             "call contiguous() on it once"
         )
-    refuse_grad(_OP, (("x", x), ("weight", weight)))
 
 
 @remembered

@@ -4,6 +4,7 @@
 
 The product is summed, the bias added and the softplus taken in float32 (float64 for float64 input); the result is
 rounded once. This is Mamba's dt_proj with what the selective scan would else do to every time step it reads.
+Gradients: ``backward.py``.
 
 Bits: a row of the result depends neither on the other rows nor, within a class of calls, on their number. There are
 two classes of 16-bit products on a GPU: up to 64 tokens (``mma.sync``, the instruction of ``dt_proj_state_update``)
@@ -18,13 +19,13 @@ import torch
 from tp_mamba.kernels.common.checks import (
     check_device,
     check_floating,
-    refuse_grad,
     without_gaps,
 )
 from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
 from tp_mamba.kernels.common.product_shapes import check_product
 from tp_mamba.kernels.common.remember import Form, Key, forms, key_of, remembered
 from tp_mamba.kernels.common.static_operands import declare_static_operands
+from tp_mamba.kernels.linear_softplus import backward
 
 _OP = "linear_softplus"
 
@@ -50,6 +51,13 @@ def _linear_softplus_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+torch.library.register_autograd(
+    "tp_mamba::linear_softplus",
+    backward.linear_softplus_gradients,
+    setup_context=backward.save_linear_softplus,
+)
+
+
 def linear_softplus(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``softplus(x @ weight.T + bias)``, rounded once.
 
@@ -66,10 +74,8 @@ def linear_softplus(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or device.
-        RuntimeError: an input requires grad while grad mode is on.
     """
     _check(key_of(x), key_of(weight), key_of(bias))
-    refuse_grad(_OP, (("x", x), ("weight", weight), ("bias", bias)))
     op = _linear_softplus if calls_directly(x, weight, bias) else torch.ops.tp_mamba.linear_softplus
     return op(x, weight, bias)
 

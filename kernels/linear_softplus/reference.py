@@ -18,4 +18,5 @@ def linear_softplus_reference(
     v = x.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
         v = v + bias.to(dtype)
-    return torch.where(v <= 20.0, torch.log1p(torch.exp(v)), v).to(x.dtype)
+    # (Held at 20 in the branch that is not taken above, whose gradient would be NaN where exp is infinite.)
+    return torch.where(v <= 20.0, torch.log1p(torch.exp(v.clamp(max=20.0))), v).to(x.dtype)

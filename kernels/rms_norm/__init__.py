@@ -5,7 +5,7 @@
 
 Sums and products are taken in float32 (float64 for float64 input) and cast once, after the weight: the form
 of mamba_ssm and vLLM. (transformers rounds to the dtype of x before it multiplies by the weight.) The norm
-sees ``x + r`` before it is rounded to the residual's dtype.
+sees ``x + r`` before it is rounded to the residual's dtype. Gradients: ``backward.py``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import overload
 
 import torch
 
-from tp_mamba.kernels.common.checks import check_device, check_dtype, check_floating, refuse_grad
+from tp_mamba.kernels.common.checks import check_device, check_dtype, check_floating
 from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
 from tp_mamba.kernels.common.remember import Form, Key, forms, key_of, remembered
 from tp_mamba.kernels.common.static_operands import declare_static_operands
+from tp_mamba.kernels.rms_norm import backward
 
 
 def _run(
@@ -105,6 +106,14 @@ def _add_rms_norm_fake(
     return x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape, dtype=residual_dtype)
 
 
+torch.library.register_autograd(
+    "tp_mamba::rms_norm", backward.rms_norm_gradients, setup_context=backward.save_rms_norm
+)
+torch.library.register_autograd(
+    "tp_mamba::add_rms_norm", backward.add_rms_norm_gradients, setup_context=backward.save_add_rms_norm
+)
+
+
 def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -125,7 +134,6 @@ def rms_norm(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or device.
-        RuntimeError: an input requires grad while grad mode is on.
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype
     _check("rms_norm", x, weight, None, out_dtype)
@@ -157,7 +165,6 @@ def add_rms_norm(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or device.
-        RuntimeError: an input requires grad while grad mode is on.
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype
     _check("add_rms_norm", x, weight, residual, out_dtype)
@@ -173,9 +180,8 @@ def _check(
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> None:
-    """Refuse wrong shapes, dtypes, devices, and inputs that want a gradient."""
+    """Refuse wrong shapes, dtypes and devices."""
     _check_call(op, key_of(x), key_of(weight), key_of(residual), out_dtype)
-    refuse_grad(op, (("x", x), ("weight", weight), ("residual", residual)))
 
 
 @remembered

@@ -6,6 +6,8 @@
 B and C leave in float32, in which the scan works, as halves of one tensor ``[T, 2 N]``: the scan reaches both of a
 token from one address. Norms are computed and rounded as in ``rms_norm``.
 
+Gradients: ``backward.py``.
+
 Bits: on a GPU a row's bits depend neither on the other rows nor on whether x comes whole or in slices.
 """
 
@@ -18,7 +20,6 @@ from tp_mamba.kernels.common.checks import (
     check_dtype,
     check_floating,
     check_shape,
-    refuse_grad,
     without_gaps,
 )
 from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
@@ -26,6 +27,7 @@ from tp_mamba.kernels.common.dtypes import wide_dtype
 from tp_mamba.kernels.common.limits import MAX_STATE_SIZE
 from tp_mamba.kernels.common.remember import Form, Key, forms, key_of, remembered
 from tp_mamba.kernels.common.static_operands import declare_static_operands
+from tp_mamba.kernels.split_dt_bc import backward
 
 _OP = "split_dt_bc"
 
@@ -78,6 +80,11 @@ def _split_dt_bc_fake(
     return dt, x.new_empty(x.shape[-2], 2 * state_size, dtype=wide_dtype(x.dtype))
 
 
+torch.library.register_autograd(
+    "tp_mamba::split_dt_bc", backward.split_gradients, setup_context=backward.save_split
+)
+
+
 def split_dt_bc(
     x: torch.Tensor,
     time_step_rank: int,
@@ -108,18 +115,15 @@ def split_dt_bc(
 
     Raises:
         ValueError: an argument has a wrong shape, size, dtype or device, or a weight comes without ``eps``.
-        RuntimeError: an input requires grad while grad mode is on, and there are norms or slices (without, the
-            gradients of the casts are exact).
     """
     R, N = time_step_rank, state_size
     dt_dtype = x.dtype if dt_dtype is None else dt_dtype
     _check(key_of(x), R, N, key_of(dt_weight), key_of(b_weight), key_of(c_weight), eps is not None, dt_dtype)
     if eps is None and x.dim() == 2:
         as_it_is = dt_dtype == x.dtype == wide_dtype(x.dtype) and x.is_cpu and not use_triton(x)
-        if as_it_is or (torch.is_grad_enabled() and x.requires_grad):  # casts alone have torch's gradients
+        if as_it_is:
             dt, B, C = x.split([R, N, N], dim=1)
-            return dt.to(dt_dtype), B.to(wide_dtype(x.dtype)), C.to(wide_dtype(x.dtype))
-    refuse_grad(_OP, (("x", x), ("dt_weight", dt_weight), ("b_weight", b_weight), ("c_weight", c_weight)))
+            return dt, B, C
     op = _split_dt_bc if calls_directly(x, dt_weight, b_weight, c_weight) else torch.ops.tp_mamba.split_dt_bc
     dt, bc = op(x, R, N, dt_weight, b_weight, c_weight, eps, dt_dtype)
     B, C = torch.split_with_sizes(bc, (N, N), 1)

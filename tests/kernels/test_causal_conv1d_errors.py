@@ -89,17 +89,3 @@ def test_refuses_wrong_input(arguments: dict[str, Any], message: str) -> None:
 def test_update_refuses_wrong_input(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         causal_conv1d_update(**{"x": X[..., 0], "conv_state": STATES, "weight": W, **arguments})
-
-
-def test_refuses_inputs_that_want_a_gradient() -> None:
-    weight = torch.zeros(6, 4, requires_grad=True)
-    with pytest.raises(
-        RuntimeError, match="causal_conv1d_fn: weight requires grad but this op has no backward"
-    ):
-        causal_conv1d_fn(X, weight)
-    with pytest.raises(
-        RuntimeError, match="causal_conv1d_update: weight requires grad but this op has no backward"
-    ):
-        causal_conv1d_update(X[..., 0], STATES, weight)
-    with torch.no_grad():
-        assert not causal_conv1d_fn(X, weight).requires_grad

@@ -276,16 +276,3 @@ def test_refusals(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=r"^split_dt_bc: ") as refusal:
         split_dt_bc(**inputs)
     assert message in str(refusal.value)
-
-
-def test_no_gradient_is_cut_silently() -> None:
-    x = torch.randn(2, 16, requires_grad=True)
-    with pytest.raises(RuntimeError, match="split_dt_bc: x requires grad but this op has no backward"):
-        split_dt_bc(x, 8, 4, eps=EPS)
-    with pytest.raises(RuntimeError, match="split_dt_bc: x requires grad but this op has no backward"):
-        split_dt_bc(x[None], 8, 4)
-    for part, width in zip(
-        split_dt_bc(x, 8, 4), (8, 4, 4), strict=True
-    ):  # without norms: gradients of the casts
-        (grad,) = torch.autograd.grad(part.sum(), x)
-        assert grad.sum() == 2 * width
