@@ -50,6 +50,14 @@ def _is_rank_count(text: str) -> bool:
     return text.isdecimal() and 1 <= int(text) <= MOST_RANKS
 
 
+def fraction(text: str) -> float:
+    """A number above 0 and at most 1."""
+    value = _number(text, float)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number above 0 and at most 1, as in 0.8")
+    return value
+
+
 def tolerance(text: str) -> float:
     """A finite number of at least 0."""
     value = _number(text, float)

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tp_mamba.checkpoint.progress import Progress
+from tp_mamba.quoting import human_bytes
 
 
 class OutputError(OSError):
@@ -163,16 +164,6 @@ def _backslashes(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 codecs.register_error("tp_mamba_escape", _backslashes)
-
-
-def human_bytes(count: int) -> str:
-    """``count`` bytes in binary units: ``1.50 MiB``."""
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
 
 
 def print_json(value: dict[str, Any]) -> None:

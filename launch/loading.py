@@ -9,9 +9,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from tp_mamba.config import MambaConfig
+from tp_mamba.engine.engine import MAX_BATCH_SIZE
+from tp_mamba.engine.memory import Needs, agree_on_limits
 from tp_mamba.launch.agreement import agree_on_weights
 from tp_mamba.launch.arguments import torch_dtype
-from tp_mamba.launch.console import progress_bar
+from tp_mamba.launch.console import progress_bar, tell
+from tp_mamba.launch.verbs.plan import planned_dtype
 from tp_mamba.model import MambaForCausalLM
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.parallel.sharding import sharded_tensors
@@ -41,6 +45,45 @@ def load_encoder(args: argparse.Namespace, tp: TensorParallel) -> tuple[PromptEn
         return list(tokenizer.encode(turn, add_special_tokens=False).ids)  # the template has written them
 
     return encode_turn, tokenizer
+
+
+def limits_before_loading(
+    args: argparse.Namespace, tp: TensorParallel, at_most: int | None = None
+) -> dict[str, Any]:
+    """What an engine is to be given of ``--max-batch-size`` and the like, once memory has been looked at.
+
+    Rank 0 tells what was lowered. Every rank calls this, and gets the same.
+
+    Args:
+        at_most: as many sequences as will ever run at a time, if that is known.
+
+    Raises:
+        ValueError: the memory has no room for the weights and one sequence, or the checkpoint is no model of this
+            package.
+        RankFailedError: another rank could not read the checkpoint's files.
+    """
+    with tp.agreed():
+        config = MambaConfig.from_pretrained(args.checkpoint)
+        dtype = torch_dtype(args.dtype) or planned_dtype(args.checkpoint, config.dtype)[0]
+        shapes = MambaForCausalLM(config, TensorParallel.virtual(tp.rank, tp.size), dtype, "meta")
+        weights = sum(tensor.param.nbytes for tensor in sharded_tensors(shapes))
+        needs = Needs.of(shapes, weights=weights, captures=tp.device.type == "cuda")
+    asked = args.max_batch_size or at_most or MAX_BATCH_SIZE
+    limits = agree_on_limits(
+        tp,
+        needs,
+        device=tp.device,
+        max_batch_size=min(asked, at_most or asked),
+        max_prefill_tokens=args.max_prefill_tokens,
+        fraction=args.memory_fraction,
+    )
+    if limits.note is not None and tp.rank == 0:
+        tell(args.verb, "note", limits.note)
+    return {
+        "max_batch_size": limits.max_batch_size,
+        "max_prefill_tokens": limits.max_prefill_tokens,
+        "memory_fraction": args.memory_fraction,
+    }
 
 
 def load_model(args: argparse.Namespace, tp: TensorParallel) -> tuple[MambaForCausalLM, str]:

@@ -25,6 +25,7 @@ from tp_mamba.config import MambaConfig
 from tp_mamba.engine import generate as generation
 from tp_mamba.engine.intake import Prompts
 from tp_mamba.engine.params import SamplingParams
+from tp_mamba.models.activations import activation_bytes_per_token
 from tp_mamba.models.base import CausalLM, resolve_device
 from tp_mamba.models.block import build_mixer
 from tp_mamba.parallel.group import TensorParallel, checked
@@ -115,6 +116,11 @@ class MambaForCausalLM(CausalLM):
     def bytes_per_slot(self) -> int:
         """Bytes of one sequence's state on this rank, all layers."""
         return bytes_per_slot(self.mixers())
+
+    @property
+    def activation_bytes_per_token(self) -> int:
+        """Bytes that the activations of one packed token take on this rank at their peak, logits not counted."""
+        return activation_bytes_per_token(self.config, self.tp.size, self.dtype)
 
     def stream(
         self,

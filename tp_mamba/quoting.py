@@ -48,3 +48,13 @@ def quoted(value: object) -> str:
 def shown_path(path: object) -> str:
     """:func:`shown` for a path, which may be longer than a name."""
     return shown(path, PATH_LIMIT)
+
+
+def human_bytes(count: int) -> str:
+    """``count`` bytes in binary units: ``1.50 MiB``."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"

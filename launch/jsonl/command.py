@@ -17,7 +17,7 @@ from tp_mamba.launch.jsonl.arguments import examine_files
 from tp_mamba.launch.jsonl.progress import requests_bar
 from tp_mamba.launch.jsonl.results import Found, ResultsFile
 from tp_mamba.launch.jsonl.run import Counts, FileRun
-from tp_mamba.launch.loading import describe, load_encoder, load_model
+from tp_mamba.launch.loading import describe, limits_before_loading, load_encoder, load_model
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.quoting import shown_path
 
@@ -36,9 +36,10 @@ def run_file(args: argparse.Namespace, tp: TensorParallel) -> int:
         with tp.agreed():
             found = examine_files(args) if tp.rank == 0 else Found()
     encoder, tokenizer = load_encoder(args, tp)
+    limits = limits_before_loading(args, tp)
     model, weights = load_model(args, tp)
     report = describe(model)
-    engine = Engine(model, tokenizer, max_batch_size=args.max_batch_size)
+    engine = Engine(model, tokenizer, **limits)
     if tp.rank > 0:
         follow(engine, tp)
         return 0

@@ -10,11 +10,12 @@ from tp_mamba.launch.arguments import (
     DTYPES,
     add_checkpoint,
     add_device,
+    fraction,
     positive_int,
     rank_count,
     sampling,
 )
-from tp_mamba.launch.console import facts, human_bytes, print_json, show, tell
+from tp_mamba.launch.console import facts, human_bytes, print_json, show
 from tp_mamba.launch.jsonl.arguments import add_file_arguments, check_file_arguments, examine_files
 from tp_mamba.launch.output import Output
 from tp_mamba.launch.prompts import check_prompt_arguments, read_prompts, share_prompts
@@ -73,11 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="each prompt is what a user says: put it into the checkpoint's chat template, and print the answer alone",
     )
-    parser.add_argument(
-        "--max-batch-size",
-        type=positive_int,
-        metavar="N",
-        help="prompts that run at a time, the others wait (default: all, or as many as fit in half of the free memory)",
+    add_limits(
+        parser.add_argument_group("memory (a number that does not fit is lowered, and a note says so)")
     )
     ranks = parser.add_argument_group("ranks")
     ranks.add_argument(
@@ -89,6 +87,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(ranks)
     ranks.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
     add_sampling(parser.add_argument_group("sampling (in float32 the same text at every number of ranks)"))
+
+
+def add_limits(group: argparse._ActionsContainer) -> None:
+    """How much is done at a time."""
+    group.add_argument(
+        "--max-batch-size",
+        type=positive_int,
+        metavar="N",
+        help="prompts that run at a time, the others wait (default: all, 256 of a file of --prompts)",
+    )
+    group.add_argument(
+        "--max-prefill-tokens",
+        type=positive_int,
+        default=8192,
+        metavar="N",
+        help="prompt tokens that a step takes in, longer prompts take several (default 8192)",
+    )
+    group.add_argument(
+        "--memory-fraction",
+        type=fraction,
+        default=0.9,
+        metavar="X",
+        help="part of the free memory that weights, activations and states may take together (default 0.9)",
+    )
 
 
 def add_sampling(group: argparse._ActionsContainer) -> None:
@@ -153,26 +175,20 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     from tp_mamba.engine.generate import stream
     from tp_mamba.launch.agreement import agree_on_arguments
     from tp_mamba.launch.jsonl.command import run_file
-    from tp_mamba.launch.loading import describe, load_encoder, load_model
+    from tp_mamba.launch.loading import describe, limits_before_loading, load_encoder, load_model
 
-    names = ("dtype", "device", "chat", "max_batch_size", "prompts")
+    names = ("dtype", "device", "chat", "max_batch_size", "max_prefill_tokens", "memory_fraction", "prompts")
     agree_on_arguments(tp, args, (*SamplingParams.__dataclass_fields__, *names))
     if args.prompts is not None:
         return run_file(args, tp)
     prompts = args.texts or share_prompts(args.prompt, args.prompt_file, tp)
     encoder, tokenizer = load_encoder(args, tp)
     prompt_ids = [encoder(prompt) for prompt in prompts]
+    limits = limits_before_loading(args, tp, at_most=len(prompts))
     model, _ = load_model(args, tp)
     speaks = tp.rank == 0 and not args.json
     output = Output(prompts, speaks, echo=not args.chat)
-    events = stream(model, prompt_ids, args.params, tokenizer, max_batch_size=args.max_batch_size)
-    if tp.rank == 0 and args.max_batch_size is None and events.max_batch_size < len(prompts):
-        tell(
-            args.verb,
-            "note",
-            f"{events.max_batch_size} of {len(prompts)} prompts run at a time, as many as fit in half of the free "
-            "memory; --max-batch-size N sets another number",
-        )
+    events = stream(model, prompt_ids, args.params, tokenizer, **limits)
     output.follow(events)
     report = {**describe(model), "prompt_tokens": sum(map(len, prompt_ids)), **output.timing()}
     if speaks:

@@ -195,6 +195,7 @@ def make_plan(checkpoint: str, n: int, dtype: str | None) -> tuple[list[Row], di
         "bytes_per_rank": sum(row.local_bytes for row in rows),
         "padding_bytes": sum(row.padding_bytes for row in rows),
         "state_bytes_per_sequence": state_bytes(model),
+        "activation_bytes_per_token": model.activation_bytes_per_token,
         "communication_per_token": communication(model),
     }
 
@@ -247,6 +248,7 @@ def _totals(totals: dict[str, Any]) -> Table:
             ("weights per rank", human_bytes(totals["bytes_per_rank"])),
             ("padding, all ranks", human_bytes(totals["padding_bytes"])),
             ("state a sequence, a rank", human_bytes(totals["state_bytes_per_sequence"])),
+            ("activations a token, a rank", human_bytes(totals["activation_bytes_per_token"])),
             ("communication a token", sent),
         ],
     )

@@ -85,10 +85,11 @@ def test_arguments_that_one_rank_refuses_stop_them_all(ranks, folder: Path) -> N
 
 def _generate_with_little_memory(tp: TensorParallel, folder: Path, rooms: list[int]) -> tuple[int, int]:
     model = MambaForCausalLM.from_pretrained(folder, tp)
-    each = model.bytes_per_slot + memory._SAMPLING_BYTES * model.config.vocab_size
+    needs = memory.Needs.of(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "free_memory", lambda device: 2 * tp.size * each * rooms[tp.rank])
-        events = model.stream([[1]] * 20, max_new_tokens=2)
+        room = needs.token + rooms[tp.rank] * (needs.sequence + needs.token)
+        patch.setattr(memory, "free_memory", lambda device: tp.size * room)
+        events = model.stream([[1]] * 20, max_new_tokens=2, max_prefill_tokens=1, memory_fraction=1)
         return events.max_batch_size, len(list(events))
 
 

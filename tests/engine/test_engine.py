@@ -3,11 +3,9 @@
 import threading
 
 import pytest
-import torch
 from toy_model import ToyModel, prompts_of
 
-from tp_mamba.engine import memory
-from tp_mamba.engine.engine import MAX_BATCH_SIZE, Engine
+from tp_mamba.engine.engine import Engine
 from tp_mamba.engine.generate import generate, stream
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.request import TokenEvent
@@ -110,57 +108,6 @@ def test_generate_returns_what_a_failed_sequence_made_before() -> None:
     assert failed.finish_reason == "error"
     assert failed.error.startswith("the logits of new token 3 are not finite")
     assert other == expected[1]
-
-
-def test_as_many_sequences_as_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompts = ToyModel(), prompts_of([2] * 9)
-    expected = generate(model, prompts, max_new_tokens=3)
-    each = model.bytes_per_slot + memory._SAMPLING_BYTES * model.config.vocab_size
-    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * 4 * each + each)
-    events = stream(model, prompts, max_new_tokens=3)
-    assert events.max_batch_size == 4
-    assert [event.index for event in events].count(8) == 3
-    assert [len(cache.states) for cache in model.caches] == [9, 4]
-    assert generate(model, prompts, max_new_tokens=3) == expected
-    assert stream(model, prompts, max_batch_size=6).max_batch_size == 6, "asked for, it is the caller's word"
-    assert stream(model, prompts[:2]).max_batch_size == 2
-    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
-    assert stream(model, prompts).max_batch_size == 1
-    monkeypatch.setattr(memory, "free_memory", lambda device: None)
-    assert stream(model, prompts).max_batch_size == 9
-    with Engine(model) as engine:
-        assert engine.max_batch_size is None
-        engine.start()
-        assert engine.max_batch_size == MAX_BATCH_SIZE
-    with Engine(model, max_batch_size=1000) as engine:
-        engine.start()
-        assert engine.max_batch_size == 1000
-
-
-def test_free_memory_of_this_host(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = memory.free_memory(torch.device("cpu"))
-    assert free is not None
-    assert 2**20 < free < 2**50
-    limit, usage = tmp_path / "max", tmp_path / "current"
-    monkeypatch.setattr(memory, "_CGROUPS", [(str(limit), str(usage))])
-    limit.write_text("5000\n")
-    usage.write_text("2000\n")
-    assert memory.free_memory(torch.device("cpu")) == 3000
-    limit.write_text("max\n")
-    assert memory.free_memory(torch.device("cpu")) > 2**20
-    # Ranks on a CPU share what is free.
-    monkeypatch.setattr(memory, "free_memory", lambda device: 10**6)
-    counts = [memory.fitting_batch(torch.device("cpu"), 100, 0, ranks) for ranks in (1, 2, 5)]
-    assert counts == [5000, 2500, 1000]
-
-
-@pytest.mark.gpu
-def test_free_memory_of_a_gpu_counts_what_torch_keeps() -> None:
-    device = torch.device("cuda", torch.cuda.current_device())
-    held = torch.empty(2**28, dtype=torch.uint8, device=device)
-    with_held = memory.free_memory(device)
-    del held  # torch keeps the block
-    assert memory.free_memory(device) - with_held >= 2**28
 
 
 def test_a_closed_engine_is_refused_and_a_position_out_of_range() -> None:

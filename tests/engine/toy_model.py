@@ -42,6 +42,7 @@ class ToyModel:
 
     device = torch.device("cpu")
     bytes_per_slot = 8 * 8
+    activation_bytes_per_token = 100
 
     def __init__(
         self,

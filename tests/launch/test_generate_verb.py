@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tp_mamba.engine import engine
+from tp_mamba.engine import memory
 from tp_mamba.launch import cli
 
 HERE = Path(__file__).parent
@@ -131,6 +131,26 @@ def test_a_checkpoint_without_tokenizer(
     assert "--tokenizer" in capsys.readouterr().err
 
 
+def planned(sample: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.main(["plan", str(sample), "--json"]) == 0
+    return capsys.readouterr().out
+
+
+def test_too_little_memory_is_told_before_anything_is_loaded(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).symlink_to(sample / name)  # the weights would be missed
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**23)
+    assert cli.main(arguments(tmp_path, "--prompt", "x", "--memory-fraction", "0.75")) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(
+        "tp-mamba generate: error: the CPU's memory has 8.00 MiB free, a fraction of 0.75 of it may be used, and "
+        "13.94 MiB of weights with one sequence take "
+    )
+
+
 def test_max_batch_size_and_its_default(
     sample: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,8 +159,16 @@ def test_max_batch_size_and_its_default(
     out, err = capsys.readouterr()
     assert err == ""
     results = json.loads(out)["results"]
-    monkeypatch.setattr(engine, "fitting_batch", lambda *args: 2)
-    for extra, note in (([], "2 of 3 prompts run at a time"), (["--max-batch-size", "1"], "")):
+    plan = json.loads(planned(sample, capsys))
+    each = plan["state_bytes_per_sequence"] + 72 * 512 + plan["activation_bytes_per_token"]
+    room = plan["bytes_per_rank"] + 2 * each + 9 * plan["activation_bytes_per_token"]
+    monkeypatch.setattr(memory, "free_memory", lambda device: room)
+    limits = ["--max-prefill-tokens", "9", "--memory-fraction", "1"]
+    for extra, note in (
+        ([], "2 instead of 3 sequences run at a time: the CPU's"),
+        (["--max-batch-size", "1"], ""),
+    ):
+        extra = [*limits, *extra]
         assert cli.main(arguments(sample, *prompts, "--json", *extra)) == 0
         out, err = capsys.readouterr()
         assert json.loads(out)["results"] == results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -10,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from tp_mamba.engine.intake import RequestBuilder, checked_limit
-from tp_mamba.engine.memory import fitting_batch
+from tp_mamba.engine.memory import MEMORY_FRACTION, ClampedWarning, Needs, agree_on_limits, checked_fraction
 from tp_mamba.engine.model import Cache, Model
 from tp_mamba.engine.params import SamplingParams, integer, with_options
 from tp_mamba.engine.request import Request, TokenEvent
@@ -47,6 +48,7 @@ class Engine:
         *,
         max_batch_size: int | None = None,
         max_prefill_tokens: int = 8192,
+        memory_fraction: float = MEMORY_FRACTION,
     ) -> None:
         """Check the arguments; memory is taken by :meth:`start`.
 
@@ -54,18 +56,20 @@ class Engine:
             model: what :class:`tp_mamba.engine.model.Model` describes, such as a MambaForCausalLM.
             tokenizer: turns tokens into text; without one events carry ids only. Ids above all of its own, which
                 pad the vocabulary of many files, are never made.
-            max_batch_size: sequences at a time; the others wait. By default 256, or as many as take half of the
-                memory that is free on the device, if that is less.
+            max_batch_size: sequences at a time; the others wait. By default 256. :meth:`start` lowers it to what fits
+                into the memory that is free, with a :class:`ClampedWarning` if it was given.
             max_prefill_tokens: prompt tokens of one forward pass; longer prompts are cut. Activations take memory
-                in proportion to this, not to the prompts' lengths.
+                in proportion to this, not to the prompts' lengths. Lowered likewise.
+            memory_fraction: part of the memory that is free at the start which activations and states may take.
 
         Raises:
-            ValueError: a limit that is no integer or below 1, or a tokenizer without tokens.
+            ValueError: a limit that is no integer or below 1, a fraction that is none, or a tokenizer without tokens.
         """
         self.max_batch_size = None
         if max_batch_size is not None:
             self.max_batch_size = checked_limit("max_batch_size", max_batch_size)
         self.max_prefill_tokens = checked_limit("max_prefill_tokens", max_prefill_tokens)
+        self._memory_fraction = checked_fraction(memory_fraction)
         self._model = model
         self._builder = RequestBuilder(model.config, tokenizer)
         self._scheduler = Scheduler(self.max_prefill_tokens)
@@ -139,14 +143,20 @@ class Engine:
         self._parts = cache, Runner(model, cache), sampler
 
     def _agree_on_slots(self, at_most: int | None) -> int:
-        model, slots = self._model, self.max_batch_size
-        if slots is None:
-            fitting = fitting_batch(
-                model.device, model.bytes_per_slot, model.config.vocab_size, model.tp.size
-            )
-            known = [each for each in model.tp.all_gather_object(fitting) if each is not None]
-            slots = min([at_most or MAX_BATCH_SIZE, *known])
-        return min(slots, at_most or slots)
+        model, asked = self._model, self.max_batch_size
+        limits = agree_on_limits(
+            model.tp,
+            Needs.of(model),
+            device=model.device,
+            max_batch_size=min(asked or at_most or MAX_BATCH_SIZE, at_most or asked or MAX_BATCH_SIZE),
+            max_prefill_tokens=self.max_prefill_tokens,
+            fraction=self._memory_fraction,
+        )
+        lowered = asked is not None or limits.max_prefill_tokens < self.max_prefill_tokens
+        if limits.note is not None and lowered and model.tp.rank == 0:
+            warnings.warn(limits.note, ClampedWarning, stacklevel=3)
+        self.max_prefill_tokens = self._scheduler.max_prefill_tokens = limits.max_prefill_tokens
+        return limits.max_batch_size
 
     def step(self) -> list[TokenEvent]:
         """One forward pass; an event for each request that made a token in it, or failed.

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from tp_mamba.engine.engine import Engine
 from tp_mamba.engine.intake import Prompts, params_of, rows_of
+from tp_mamba.engine.memory import MEMORY_FRACTION
 from tp_mamba.engine.model import Model
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.request import FinishReason, TokenEvent
@@ -72,6 +73,7 @@ def generate(
     attention_mask: torch.Tensor | None = None,
     max_batch_size: int | None = None,
     max_prefill_tokens: int = 8192,
+    memory_fraction: float = MEMORY_FRACTION,
     **sampling: Any,
 ) -> list[GenerationResult]:
     """Run :func:`stream` to its end and collect one result per prompt, in their order.
@@ -89,6 +91,7 @@ def generate(
         attention_mask=attention_mask,
         max_batch_size=max_batch_size,
         max_prefill_tokens=max_prefill_tokens,
+        memory_fraction=memory_fraction,
         **sampling,
     )
     token_ids: dict[int, list[int]] = {}
@@ -121,6 +124,7 @@ def stream(
     attention_mask: torch.Tensor | None = None,
     max_batch_size: int | None = None,
     max_prefill_tokens: int = 8192,
+    memory_fraction: float = MEMORY_FRACTION,
     **sampling: Any,
 ) -> TokenStream:
     """Generate for prompts of any lengths, giving out every token as it is made.
@@ -140,11 +144,13 @@ def stream(
         tokenizer: turns tokens into text; without one events carry ids only. Ids above all of its own, which
             pad the vocabulary of many files, are never made.
         attention_mask: ``[B, L]`` beside a tensor of prompts, nonzero where its ids are not padding.
-        max_batch_size: sequences, and so state slots, at a time; the others wait. By default all at once, or as
-            many as take half of the memory that is free on every rank's device, if that is less; the iterator's
-            ``max_batch_size`` says how many.
+        max_batch_size: sequences, and so state slots, at a time; the others wait. By default all at once. Where memory
+            has room for fewer it is lowered, with a :class:`ClampedWarning` if it was given; the iterator's
+            ``max_batch_size`` says how many run.
         max_prefill_tokens: prompt tokens of one forward pass; longer prompts are cut. Activations take memory
-            in proportion to this, not to the prompts' lengths.
+            in proportion to this, not to the prompts' lengths. Lowered likewise.
+        memory_fraction: part of the memory that is free now, on the rank with the least, which activations and states
+            may take.
         sampling: fields of :class:`SamplingParams` by name, in place of those of ``params``, as in
             ``max_new_tokens=20``.
 
@@ -168,7 +174,11 @@ def stream(
             rows = rows_of(prompts, attention_mask, padding)
             each_params = params_of(params, sampling, len(rows))
             engine = Engine(
-                model, tokenizer, max_batch_size=max_batch_size, max_prefill_tokens=max_prefill_tokens
+                model,
+                tokenizer,
+                max_batch_size=max_batch_size,
+                max_prefill_tokens=max_prefill_tokens,
+                memory_fraction=memory_fraction,
             )
             for index, (prompt, its_params) in enumerate(zip(rows, each_params, strict=True)):
                 engine.add_request(prompt, its_params, position=index)
@@ -181,6 +191,7 @@ def stream(
                     "the number of prompts": len(rows),
                     "max_batch_size": max_batch_size,
                     "max_prefill_tokens": max_prefill_tokens,
+                    "memory_fraction": memory_fraction,
                     **_described(rows, each_params),
                 }
             )

@@ -53,6 +53,10 @@ class Model(Protocol):
     def bytes_per_slot(self) -> int:
         """Bytes of one sequence's state on this rank."""
 
+    @property
+    def activation_bytes_per_token(self) -> int:
+        """Bytes that the activations of one packed token take on this rank at their peak, logits not counted."""
+
     def new_cache(self, slots: int) -> Any:
         """State for ``slots`` sequences, see :data:`Cache`; communicates nothing."""
 
