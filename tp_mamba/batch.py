@@ -106,6 +106,25 @@ def whole_sequences(count: int, length: int, device: torch.device) -> MambaMetad
     )
 
 
+def packed_sequences(lengths: Sequence[int], device: torch.device | str) -> MambaMetadata:
+    """Sequences of ``lengths`` tokens, packed one after the other, each from its beginning, that leave no state.
+
+    Raises:
+        ValueError: a length below 1.
+    """
+    count = len(lengths)
+    return MambaMetadataBuilder(device).build(
+        prefill_slots=[NULL_SLOT] * count, prefill_lengths=lengths, has_initial_states=[False] * count
+    )
+
+
+def next_tokens(ids_T: torch.Tensor, metadata: MambaMetadata, missing: int) -> torch.Tensor:
+    """For each of the packed ``ids [T]`` the one that follows in its sequence, ``missing`` after the last, int64."""
+    following = torch.roll(ids_T.long(), -1)
+    following[metadata.query_start_loc[1:].long() - 1] = missing
+    return following
+
+
 _TORCH_DTYPES = {
     np.bool_: torch.bool,
     np.int32: torch.int32,

@@ -54,6 +54,8 @@ class MambaForCausalLM(CausalLM):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         *,
+        trainable: bool = False,
+        compute_dtype: torch.dtype | str | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Self:
         """Load a published checkpoint, or one that ``tp-mamba shard`` wrote; every rank calls this.
@@ -67,6 +69,7 @@ class MambaForCausalLM(CausalLM):
             tp: the ranks; one rank by default.
             dtype: of the parameters; by default what the checkpoint declares, else what its tensors have.
             device: by default ``tp.device``.
+            trainable, compute_dtype: as of :class:`~tp_mamba.models.base.CausalLM`.
             progress: called with (what, bytes read, bytes to read) as loading goes on.
 
         Raises:
@@ -88,7 +91,7 @@ class MambaForCausalLM(CausalLM):
                 dtype = checkpoint_dtype(source)
             device = resolve_device(device, tp)
             # It gets memory once the files are known to be its own: a damaged config.json may ask for any size.
-            model = cls(config, tp, dtype, "meta")
+            model = cls(config, tp, dtype, "meta", trainable=trainable, compute_dtype=compute_dtype)
         load_model(model, folder, progress, device=device)
         model.checkpoint_folder = folder
         return model

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tp_mamba.kernels.common.dtypes import DTYPES, FLOATS
+from tp_mamba.kernels.common.dtypes import DTYPES, FLOATS, HALVES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +35,21 @@ class CacheConfig:
 
     enable_prefix_caching: bool = False
     """Whether such states are kept. Not available yet: leave False."""
+
+
+def resolve_compute_dtype(value: torch.dtype | str | None, held: torch.dtype, what: str) -> torch.dtype:
+    """The dtype of the activations of a model with parameters in ``held``; None stands for the same.
+
+    Raises:
+        ValueError: neither ``held`` nor a 16-bit dtype beside float32 parameters.
+    """
+    dtype = held if value is None else resolve_dtype(value, None, what)
+    if dtype != held and not (held == torch.float32 and dtype in HALVES):
+        raise ValueError(
+            f"{what}={dtype} does not go with parameters in {held}: use that of the parameters, or bfloat16 or float16 "
+            "with float32 parameters"
+        )
+    return dtype
 
 
 def resolve_dtype(value: torch.dtype | str, auto: torch.dtype | None, what: str) -> torch.dtype:

@@ -84,8 +84,6 @@ def test_forward_refuses(mixer: MambaMixer) -> None:
     cache = MambaCache([mixer], 2)
     with pytest.raises(ValueError, match="the batch names slot 2 of a state with 2 slots"):
         mixer(torch.zeros(1, 6), MambaMetadataBuilder("cpu").build(decode_slots=[2]), cache.layer(0))
-    with pytest.raises(RuntimeError, match=r"backward|autograd"):
-        mixer(torch.zeros(4, 6, requires_grad=True))
     mixer.A = torch.nn.Parameter(mixer.A.bfloat16(), requires_grad=False)
     with pytest.raises(ValueError, match=r"A is in torch.bfloat16 but exp needs at least float32"):
         mixer(torch.zeros(4, 6))

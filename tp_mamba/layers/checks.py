@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from tp_mamba.batch import MambaMetadata
 from tp_mamba.kernels.common.limits import check_activation, check_state_size
+from tp_mamba.parallel.partial import Scattered
 
 
 def check_sizes(name: str, **sizes: int) -> None:
@@ -40,7 +42,21 @@ def check_options(
         )
 
 
-def check_hidden_states(name: str, h: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> None:
+def check_grad_batch(name: str, batch: MambaMetadata, *, stateful: bool) -> None:
+    """Raise RuntimeError for a batch that advances states in place, which have no gradient."""
+    if batch.num_padded_decodes:
+        raise RuntimeError(
+            f"{name}: the batch has {batch.num_padded_decodes} decode rows and gradients are tracked, but a decode "
+            "step has no backward: decode under torch.no_grad()"
+        )
+    if stateful:
+        raise RuntimeError(
+            f"{name}: the batch updates states in place and gradients are tracked, which would stop at the states: "
+            "call segment(), which takes and returns them, or run under torch.no_grad()"
+        )
+
+
+def check_hidden_states(name: str, h: torch.Tensor | Scattered, hidden_size: int, dtype: torch.dtype) -> None:
     """Raise ValueError unless ``h`` is ``[T, H]`` or ``[B, L, H]`` in ``dtype``."""
     if h.dim() not in (2, 3) or h.shape[-1] != hidden_size:
         raise ValueError(

@@ -135,5 +135,30 @@ class ColumnParallelConv1d(ShardedModule):
         )
         return out
 
+    def sequences(
+        self, x_TD: torch.Tensor, batch: MambaMetadata, initial_SDK: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As :meth:`forward` for a batch of prefills, with gradients: states come and go as values.
+
+        Args:
+            x_TD: ``[T, D/n]``, channels contiguous.
+            batch: what the tokens are; its slots are not read.
+            initial_SDK: ``[S, D/n, K-1]``, the inputs before each sequence.
+
+        Returns:
+            ``u [T, D/n]``, and where there are initial states the last ``K-1`` inputs ``[S, D/n, K-1]``.
+        """
+        result = causal_conv1d_fn(
+            x_TD.t(),
+            self.weight.squeeze(1),
+            self.bias,
+            initial_states=initial_SDK,
+            return_final_states=initial_SDK is not None,
+            activation=self.activation,
+            query_start_loc=batch.prefill_query_start_loc,
+        )
+        u_DT, final_SDK = result if isinstance(result, tuple) else (result, None)
+        return u_DT.t(), final_SDK
+
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}, bias={self.bias is not None}"

@@ -20,10 +20,10 @@ from torch import nn
 
 from tp_mamba.layers.init import initialize, uniform
 from tp_mamba.layers.weights import DENSE, get_weight_kind
-from tp_mamba.parallel.collectives import copy_to_tp, gather_from_tp, scatter_to_tp
+from tp_mamba.parallel.collectives import gather_from_tp, scatter_to_tp
 from tp_mamba.parallel.group import TensorParallel, checked
 from tp_mamba.parallel.module import ShardedModule
-from tp_mamba.parallel.partial import Partial
+from tp_mamba.parallel.partial import Partial, Scattered, whole
 from tp_mamba.parallel.sharding import Shard, padded_size
 
 Output = torch.Tensor | tuple[torch.Tensor, nn.Parameter | None]
@@ -166,12 +166,16 @@ class ColumnParallelLinear(ParallelLinear):
         self.parts, self.gather_output, self.skip_bias_add = parts, gather_output, skip_bias_add
         self.output_size_local = parts * (padded_size(output_size // parts, tp.size) // tp.size)
 
-    def forward(self, x: torch.Tensor) -> Output:
+    def forward(self, x: torch.Tensor | Scattered) -> Output:
         """``x [..., in]`` -> ``y``, or ``(y, bias)`` with ``skip_bias_add``."""
-        y = self.kind.product(self, copy_to_tp(x, self.tp), None if self.skip_bias_add else self.bias)
+        y = self.local_product(whole(x, self.tp))
         if self.gather_output:
             y = self._gather(y)
         return (y, self.bias) if self.skip_bias_add else y
+
+    def local_product(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., in]`` -> this rank's ``y_r``; the gradient of ``x`` is this rank's term, for the caller to sum."""
+        return self.kind.product(self, x, None if self.skip_bias_add else self.bias)
 
     def _gather(self, y: torch.Tensor) -> torch.Tensor:
         """Join the slices part by part, so that ``[x_r | z_r]`` of every rank becomes ``[x | z]``."""

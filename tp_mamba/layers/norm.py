@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tp_mamba.kernels.rms_norm import add_rms_norm, rms_norm
+from tp_mamba.kernels.rms_norm import rms_norm
 from tp_mamba.layers.init import initialize
+from tp_mamba.parallel.communicate import add_and_norm
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.parallel.module import ShardedModule
-from tp_mamba.parallel.partial import Partial
+from tp_mamba.parallel.partial import Partial, Scattered
 from tp_mamba.parallel.sharding import Shard
 
 
@@ -52,21 +53,22 @@ class RMSNorm(ShardedModule):
 
     def add(
         self,
-        x: torch.Tensor | Partial,
+        x: torch.Tensor | Partial | Scattered,
         residual: torch.Tensor | None,
         *,
         residual_in_fp32: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | Scattered, torch.Tensor]:
         """``(norm(x + residual), x + residual)``; the norm in ``x.dtype``, the sum in float32 if asked for.
 
         Args:
-            x: ``[..., hidden_size]``, or a sum of that shape to be finished first.
+            x: ``[..., hidden_size]``, or a sum of that shape to be finished first; or the rows of it that this rank
+                has, for which the results are of these rows alone.
             residual: the same shape, or None before the first layer.
             residual_in_fp32: keep the running sum in float32, and norm it from there.
         """
         if isinstance(x, Partial):
             return x.add_and_norm(residual, self.weight, self.eps, residual_in_fp32=residual_in_fp32)
-        return add_rms_norm(x, residual, self.weight, self.eps, residual_in_fp32=residual_in_fp32)
+        return add_and_norm(x, residual, self.weight, self.eps, residual_in_fp32=residual_in_fp32)
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, eps={self.eps}, has_weight={self.weight is not None}"

@@ -13,10 +13,11 @@ from tp_mamba.batch import NULL_SLOT, MambaMetadata, split_batch_to_prefill_and_
 from tp_mamba.kernels.common.dtypes import wide_dtype
 from tp_mamba.kernels.dt_proj_state_update import dt_proj_state_update
 from tp_mamba.kernels.linear_softplus import linear_softplus
-from tp_mamba.kernels.selective_scan import selective_scan_fn
+from tp_mamba.kernels.selective_scan import selective_scan, selective_scan_fn
 from tp_mamba.kernels.selective_state_update import selective_state_update
 from tp_mamba.layers.init import initialize
 from tp_mamba.layers.linear import ColumnParallelLinear
+from tp_mamba.layers.weights import for_activations
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.parallel.module import ShardedModule
 from tp_mamba.parallel.sharding import Shard
@@ -31,8 +32,11 @@ class TimeSteps(ShardedModule):
 
     dt_proj: ColumnParallelLinear
     A: nn.Parameter
+    """``[D/n, N]``; not there in training, see :meth:`decay_rates`."""
     D: nn.Parameter
     A_log: torch.Tensor
+    """``[D/n, N]``: a parameter in training, else what was loaded, for saving."""
+    trainable: bool
 
     def add_dt_proj(
         self,
@@ -59,16 +63,31 @@ class TimeSteps(ShardedModule):
         )
 
     def add_recurrence(
-        self, channels: int, state_size: int, *, dtype: torch.dtype, device: torch.device | str | None
+        self,
+        channels: int,
+        state_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        trainable: bool,
     ) -> None:
-        """Build ``A [D/n, N]`` and ``D [D/n]`` in at least float32: exp amplifies rounding."""
-        self.shards["A"] = Shard(shape=(channels, state_size), dim=0, wide=True, sources=("A_log",))
-        local, _ = self.shards["A"].local_shape(self.tp.size)
-        # Stored with the channels contiguous, as the states are: the scan then reads both in whole rows.
-        self.A = nn.Parameter(torch.empty(state_size, local, dtype=wide_dtype(dtype), device=device).t())
-        # exp cannot be undone to the bit: the file's own values are kept for saving.
-        self.register_buffer("A_log", torch.empty_like(self.A, requires_grad=False), persistent=False)
+        """Build ``A [D/n, N]``, or ``A_log`` to derive it from, and ``D [D/n]`` in at least float32."""
+        self.trainable = trainable
+        shape = (channels, state_size)
+        if trainable:
+            self.add_parameter("A_log", Shard(shape=shape, dim=0, wide=True), dtype=dtype, device=device)
+        else:
+            self.shards["A"] = Shard(shape=shape, dim=0, wide=True, sources=("A_log",))
+            local, _ = self.shards["A"].local_shape(self.tp.size)
+            # Stored with the channels contiguous, as the states are: the scan then reads both in whole rows.
+            self.A = nn.Parameter(torch.empty(state_size, local, dtype=wide_dtype(dtype), device=device).t())
+            # exp cannot be undone to the bit: the file's own values are kept for saving.
+            self.register_buffer("A_log", torch.empty_like(self.A, requires_grad=False), persistent=False)
         self.add_parameter("D", Shard(shape=(channels,), dim=0, wide=True), dtype=dtype, device=device)
+
+    def decay_rates(self) -> torch.Tensor:
+        """``A [D/n, N]``, channels contiguous: the parameter, or in training ``-exp(A_log)``, computed at each call."""
+        return -torch.exp(self.A_log.t().contiguous()).t() if self.trainable else self.A
 
     def reset_time_steps(self) -> None:
         """Initial values as in mamba_ssm's ``Mamba.__init__``.
@@ -84,8 +103,9 @@ class TimeSteps(ShardedModule):
             full.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
         initialize(self.dt_proj, "bias", draw_dt_bias)
-        states = torch.arange(1, self.A.shape[1] + 1, dtype=torch.float64, device="cpu")
-        initialize(self, "A", lambda full: full.copy_(states.log().to(full.device)))
+        states = torch.arange(1, self.A_log.shape[1] + 1, dtype=torch.float64, device="cpu")
+        held = "A_log" if self.trainable else "A"
+        initialize(self, held, lambda full: full.copy_(states.log().to(full.device)))
         initialize(self, "D", lambda full: full.fill_(1.0))
 
     def load_shard(self, name: str, local: torch.Tensor) -> None:
@@ -106,7 +126,7 @@ class TimeSteps(ShardedModule):
 
     def wide_tensors(self) -> list[torch.Tensor]:
         """As ShardedModule, and ``A_log``."""
-        return [*super().wide_tensors(), self.A_log]
+        return list({id(tensor): tensor for tensor in (*super().wide_tensors(), self.A_log)}.values())
 
     def advance(
         self,
@@ -164,9 +184,9 @@ class TimeSteps(ShardedModule):
                 ssm_state,
                 u_TD,
                 dt_TR,
-                weight,
+                for_activations(weight, dt_TR),
                 dt_proj.bias,
-                self.A,
+                self.decay_rates(),
                 B_TN,
                 C_TN,
                 self.D,
@@ -176,17 +196,16 @@ class TimeSteps(ShardedModule):
                 out=out,
             )
             return out
-        delta_TD, dt_bias = dt_proj(dt_TR)
         selective_state_update(
             ssm_state,
             u_TD,
-            delta_TD,
-            self.A,
+            dt_proj.local_product(dt_TR),
+            self.decay_rates(),
             B_TN,
             C_TN,
             self.D,
             z_TD,
-            dt_bias,
+            dt_proj.bias,
             True,
             batch.decode_state_indices,
             pad_slot_id=NULL_SLOT,
@@ -207,17 +226,13 @@ class TimeSteps(ShardedModule):
         out: torch.Tensor,
     ) -> torch.Tensor:
         """The tokens of the prefills of ``batch``, into ``out``."""
-        dt_proj = self.dt_proj
-        weight, dt_bias = dt_proj.dense_weight(), None
-        if weight is not None:
-            delta_TD = linear_softplus(dt_TR, weight, dt_proj.bias)
-        else:
-            delta_TD, dt_bias = dt_proj(dt_TR)
+        delta_TD = self.time_steps(dt_TR)
+        dt_bias = None if self._softplus_is_applied else self.dt_proj.bias
         stateful = ssm_state is not None
         selective_scan_fn(
             u_TD.t(),
             delta_TD.t(),
-            self.A,
+            self.decay_rates(),
             B_TN.t(),
             C_TN.t(),
             self.D,
@@ -232,3 +247,51 @@ class TimeSteps(ShardedModule):
             out=out.t(),
         )
         return out
+
+    def time_steps(self, dt_TR: torch.Tensor) -> torch.Tensor:
+        """``dt_TR`` through dt_proj: ``[T, D/n]``, after bias and softplus where the weight is dense, else before."""
+        weight = self.dt_proj.dense_weight()
+        if weight is None:
+            return self.dt_proj.local_product(dt_TR)
+        return linear_softplus(dt_TR, for_activations(weight, dt_TR), self.dt_proj.bias)
+
+    @property
+    def _softplus_is_applied(self) -> bool:
+        return self.dt_proj.dense_weight() is not None
+
+    def scan_sequences(
+        self,
+        u_TD: torch.Tensor,
+        z_TD: torch.Tensor,
+        delta_TD: torch.Tensor,
+        B_TN: torch.Tensor,
+        C_TN: torch.Tensor,
+        batch: MambaMetadata,
+        initial_SDN: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As :meth:`scan` for a batch of prefills, with gradients: states come and go as values.
+
+        Args:
+            delta_TD: what :meth:`time_steps` gives.
+            initial_SDN: ``[S, D/n, N]``, the state before each sequence.
+
+        Returns:
+            ``y [T, D/n]``, and where there are initial states the states after each sequence ``[S, D/n, N]``.
+        """
+        dt_bias = None if self._softplus_is_applied else self.dt_proj.bias
+        result = selective_scan(
+            u_TD.t(),
+            delta_TD.t(),
+            self.decay_rates(),
+            B_TN.t(),
+            C_TN.t(),
+            self.D,
+            z_TD.t(),
+            dt_bias,
+            dt_bias is not None,
+            query_start_loc=batch.prefill_query_start_loc,
+            initial_states=initial_SDN,
+            return_final_states=initial_SDN is not None,
+        )
+        y_DT, final_SDN = result if isinstance(result, tuple) else (result, None)
+        return y_DT.t(), final_SDN

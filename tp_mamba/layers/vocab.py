@@ -10,12 +10,14 @@ from torch import nn
 
 from tp_mamba.kernels.common.dtypes import wide_dtype
 from tp_mamba.kernels.linear import linear
+from tp_mamba.layers.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from tp_mamba.layers.init import initialize
 from tp_mamba.layers.linear import check_rank_count
-from tp_mamba.parallel.collectives import copy_to_tp, gather_from_tp
+from tp_mamba.layers.weights import for_activations
+from tp_mamba.parallel.collectives import gather_from_tp
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.parallel.module import ShardedModule
-from tp_mamba.parallel.partial import Partial
+from tp_mamba.parallel.partial import Partial, Scattered, whole
 from tp_mamba.parallel.sharding import Shard
 
 
@@ -47,7 +49,12 @@ class VocabParallelEmbedding(VocabParallelTable):
 
     ``ids [...]`` -> ``[..., H]`` on every rank. A rank looks up the ids of its own rows and gives zeros for
     the others, so the sum has one non-zero term and is exact in any dtype.
+
+    Attributes:
+        out_dtype: dtype of the result; None for that of the table.
     """
+
+    out_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -71,10 +78,10 @@ class VocabParallelEmbedding(VocabParallelTable):
         """``ids [...]`` integer, each in ``0..V-1`` (the caller checks) -> this rank's term of ``[..., H]``."""
         rows = self.weight.shape[0]
         if rows >= self.num_embeddings:  # all of them are here
-            return Partial(F.embedding(ids, self.weight), self.tp)
+            return Partial(F.embedding(ids, self.weight).to(self.out_dtype), self.tp)
         local = ids - self.tp.rank * rows
         elsewhere = (local < 0) | (local >= rows)
-        found = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        found = F.embedding(local.masked_fill(elsewhere, 0), self.weight).to(self.out_dtype)
         return Partial(found.masked_fill(elsewhere.unsqueeze(-1), 0), self.tp)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -90,7 +97,7 @@ class ParallelLMHead(VocabParallelTable):
 
     ``h [..., H]`` replicated -> float32 logits ``[..., V]``, whole on every rank and the same bits there:
     each logit is computed by one rank only. Rows that pad V to a multiple of n are cut off.
-    Backward: this rank's slice of the logit gradients, and an all-reduce of ``dh``.
+    Backward: this rank's slice of the logit gradients, and an all-reduce of ``dh``. :meth:`losses` needs no gather.
     """
 
     def __init__(
@@ -126,11 +133,31 @@ class ParallelLMHead(VocabParallelTable):
         super()._apply(fn, recurse)
         return self
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """``h [..., H]`` -> float32 (float64 in a float64 model) logits ``[..., V]``."""
-        local = linear(copy_to_tp(h, self.tp), self.weight)
+    def forward(self, h: torch.Tensor | Scattered, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """``h [..., H]``, or those of its rows that are asked for, -> float32 or wider logits ``[..., V]``."""
+        h = whole(h, self.tp)
+        if rows is not None:
+            h = h[rows]
+        local = linear(h, for_activations(self.weight, h))
         logits = gather_from_tp(local, self.tp)[..., : self.num_embeddings]
         return logits.to(wide_dtype(logits.dtype))
+
+    def losses(
+        self, h_TH: torch.Tensor | Scattered, labels_T: torch.Tensor, *, ignore_index: int = IGNORE_INDEX
+    ) -> torch.Tensor:
+        """Cross-entropy of each token, ``h [T, H]`` and labels ``[T]`` -> ``[T]``, the same bits on every rank.
+
+        Forward: all-gather of three numbers per token. Backward: all-reduce of ``dh``. See
+        :func:`tp_mamba.layers.cross_entropy.linear_cross_entropy`.
+        """
+        return linear_cross_entropy(
+            whole(h_TH, self.tp),
+            self.weight,
+            labels_T,
+            self.tp,
+            vocab_size=self.num_embeddings,
+            ignore_index=ignore_index,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.embedding_dim}, {self.num_embeddings}, tp={self.tp.rank}/{self.tp.size}"

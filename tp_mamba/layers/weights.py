@@ -16,11 +16,19 @@ from typing import Final, cast
 
 import torch
 
-from tp_mamba.kernels.common.dtypes import wide_dtype
+from tp_mamba.kernels.common.dtypes import HALVES, wide_dtype
 from tp_mamba.kernels.linear import linear, linear_partial
 from tp_mamba.layers.init import initialize
 from tp_mamba.parallel.module import ShardedModule
 from tp_mamba.parallel.sharding import Shard
+
+
+def for_activations(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``weight`` as activations ``x`` are multiplied by it: float32 of a model in training, rounded to 16-bit ``x``.
+
+    The gradient comes back in float32. Any other mixture of dtypes is left for the product to refuse.
+    """
+    return weight.to(x.dtype) if weight.dtype is torch.float32 and x.dtype in HALVES else weight
 
 
 class LinearWeight(ABC):
@@ -93,10 +101,12 @@ class Dense(LinearWeight):
     def product(
         self, layer: ShardedModule, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return linear(x, _weight(layer), bias)
+        return linear(
+            x, for_activations(_weight(layer), x), None if bias is None else for_activations(bias, x)
+        )
 
     def wide_product(self, layer: ShardedModule, x: torch.Tensor, *, slices: bool) -> torch.Tensor:
-        return linear_partial(x, _weight(layer), in_float32=True, in_slices=slices)
+        return linear_partial(x, for_activations(_weight(layer), x), in_float32=True, in_slices=slices)
 
     def dense(self, layer: ShardedModule) -> torch.Tensor | None:
         return _weight(layer)

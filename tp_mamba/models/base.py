@@ -8,14 +8,17 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from tp_mamba.batch import MambaMetadata, whole_sequences
+from tp_mamba.batch import MambaMetadata, check_rows, next_tokens, whole_sequences
+from tp_mamba.layers.cross_entropy import IGNORE_INDEX
 from tp_mamba.layers.init import initialization_skipped
 from tp_mamba.layers.norm import RMSNorm
+from tp_mamba.layers.recompute import check_level
 from tp_mamba.layers.vocab import ParallelLMHead, VocabParallelEmbedding
 from tp_mamba.models.config import MambaConfig
 from tp_mamba.models.registry import Family, get_family
-from tp_mamba.options import resolve_dtype
+from tp_mamba.options import resolve_compute_dtype, resolve_dtype
 from tp_mamba.parallel.group import TensorParallel, checked
+from tp_mamba.parallel.partial import Scattered
 
 
 class StateCache(Protocol):
@@ -54,8 +57,10 @@ class Backbone(nn.Module):
         tp: TensorParallel,
         dtype: torch.dtype,
         device: torch.device | str | None,
+        trainable: bool = False,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
-        """The blocks are those of ``family``.
+        """The blocks are those of ``family``, which is told of training only where that is asked for.
 
         Raises:
             ValueError: ``family`` has no blocks, or there are more ranks than channels or rows of the vocabulary.
@@ -81,8 +86,12 @@ class Backbone(nn.Module):
             device=device,
             prefix="backbone.embeddings",
         )
+        self.embeddings.out_dtype = compute_dtype
+        training = {"trainable": True, "compute_dtype": compute_dtype} if trainable else {}
         self.layers = nn.ModuleList(
-            family.build_block(config, i, tp=tp, dtype=dtype, device=device, prefix=f"backbone.layers.{i}")
+            family.build_block(
+                config, i, tp=tp, dtype=dtype, device=device, prefix=f"backbone.layers.{i}", **training
+            )
             for i in range(config.num_hidden_layers)
         )
         self.norm_f = RMSNorm(
@@ -94,7 +103,9 @@ class Backbone(nn.Module):
             prefix="backbone.norm_f",
         )
 
-    def forward(self, ids_T: torch.Tensor, metadata: MambaMetadata, cache: StateCache | None) -> torch.Tensor:
+    def forward(
+        self, ids_T: torch.Tensor, metadata: MambaMetadata, cache: StateCache | None
+    ) -> torch.Tensor | Scattered:
         """Packed ids ``[T]`` -> the normed hidden states ``[T, H]`` of every token."""
         h_TH, residual_TH = self.embeddings.partial(ids_T), None
         for i, block in enumerate(self.layers):
@@ -112,6 +123,7 @@ class CausalLM(nn.Module):
     Attributes:
         config: its sizes and options.
         tp: the ranks it is split over.
+        trainable: whether it was built for training.
         checkpoint_folder: where it was loaded from, None for a model that was not.
     """
 
@@ -121,6 +133,9 @@ class CausalLM(nn.Module):
         tp: TensorParallel | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        *,
+        trainable: bool = False,
+        compute_dtype: torch.dtype | str | None = None,
     ) -> None:
         """A model with the initial values of mamba_ssm; the same seed gives the same model at every rank count.
 
@@ -134,17 +149,38 @@ class CausalLM(nn.Module):
             device: by default the meta device inside ``with torch.device("meta")``, else ``tp.device``. On the meta
                 device a model has shapes and no memory; ``to_empty(device=...)`` gives it memory, to be filled.
 
+            trainable: for :meth:`loss`: parameters take gradients, and mixers hold ``A_log`` in the place of ``A``.
+            compute_dtype: of the activations of a trainable model, by default ``dtype``; bfloat16 or float16 with
+                float32 parameters, of which each product rounds a copy.
+
         Raises:
-            ValueError: a Jamba configuration (its attention and expert layers are not part of this package), or
-                more ranks than channels or rows of the vocabulary.
+            ValueError: a Jamba configuration (its attention and expert layers are not part of this package), more ranks
+                than channels or rows of the vocabulary, or a ``compute_dtype`` that does not go with ``dtype``.
         """
         super().__init__()
         self.config, self.tp = config, checked(tp)
         dtype = resolve_dtype(dtype or config.dtype or torch.get_default_dtype(), None, "dtype")
         device = resolve_device(device, self.tp)
+        self.trainable = trainable
+        if compute_dtype is not None:
+            compute_dtype = resolve_compute_dtype(compute_dtype, dtype, "compute_dtype")
+            if compute_dtype != dtype and not trainable:
+                raise ValueError(
+                    f"compute_dtype={compute_dtype} with parameters in {dtype} is for training: set trainable=True, or "
+                    f"give dtype={compute_dtype}"
+                )
         self.checkpoint_folder: Path | None = None
+        self._checkpoint_level = 0
         family = get_family(config.model_type)
-        self.backbone = Backbone(config, family, tp=self.tp, dtype=dtype, device=device)
+        self.backbone = Backbone(
+            config,
+            family,
+            tp=self.tp,
+            dtype=dtype,
+            device=device,
+            trainable=trainable,
+            compute_dtype=compute_dtype,
+        )
         self.lm_head = ParallelLMHead(
             config.vocab_size,
             config.hidden_size,
@@ -156,8 +192,9 @@ class CausalLM(nn.Module):
         if not (initialization_skipped() or device.type == "meta"):
             for block in self.backbone.layers:
                 block.scale_residual_branch(len(self.backbone.layers))  # type: ignore[operator]
-        self.requires_grad_(False)
-        self.eval()
+        if not trainable:
+            self.requires_grad_(False)
+            self.eval()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -168,6 +205,21 @@ class CausalLM(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters of this rank are."""
         return next(self.parameters()).device
+
+    @property
+    def checkpoint_level(self) -> int:
+        """What :meth:`loss` leaves to its backward to compute again instead of keeping it.
+
+        0: nothing; 1: the convolution and the time steps; 2: each whole layer. The gradients are the same bits, see
+        :mod:`tp_mamba.layers.recompute`. Setting it raises ValueError for another number.
+        """
+        return self._checkpoint_level
+
+    @checkpoint_level.setter
+    def checkpoint_level(self, level: int) -> None:
+        self._checkpoint_level = check_level(level)
+        for block in self.backbone.layers:
+            block.checkpoint_level = level  # type: ignore[assignment]
 
     def mixers(self) -> list[Any]:
         """The layer of every block that keeps state, in order: a :class:`tp_mamba.mixer.MambaMixer` in Mamba."""
@@ -186,19 +238,23 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: not two-dimensional, empty, or ids outside the vocabulary.
         """
-        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
-            found = input_ids.dtype if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
-            raise ValueError(f"got input_ids in {found}: token ids are a tensor of int64 or int32")
-        if input_ids.dim() != 2 or input_ids.numel() == 0:
-            raise ValueError(
-                f"got input_ids of shape {list(input_ids.shape)}, expected [B, L] with at least one token: "
-                "an empty prompt has no next token"
-            )
+        self._check_ids(input_ids, dims=2)
         if not torch.compiler.is_compiling():
             self._check_range(input_ids)
         B, L = input_ids.shape
         h_TH = self.backbone(input_ids.to(self.device).flatten(), whole_sequences(B, L, self.device), None)
         return self.lm_head(h_TH).view(B, L, -1)
+
+    def _check_ids(self, input_ids: torch.Tensor, dims: int) -> None:
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+            found = input_ids.dtype if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            raise ValueError(f"got input_ids in {found}: token ids are a tensor of int64 or int32")
+        if input_ids.dim() != dims or input_ids.numel() == 0:
+            expected = "[B, L]" if dims == 2 else "packed [T]"
+            raise ValueError(
+                f"got input_ids of shape {list(input_ids.shape)}, expected {expected} with at least one token: "
+                "an empty prompt has no next token"
+            )
 
     def _check_range(self, input_ids: torch.Tensor) -> None:
         low, high = (int(edge) for edge in torch.aminmax(input_ids))
@@ -242,5 +298,62 @@ class CausalLM(nn.Module):
                 f"got input_ids of shape {list(input_ids.shape)}, the metadata describes [{metadata.num_tokens}] "
                 "packed tokens: pass the metadata built for this batch"
             )
-        h_TH = self.backbone(input_ids, metadata, cache)
-        return self.lm_head(h_TH if logits_indices is None else h_TH[logits_indices])
+        return self.lm_head(self.backbone(input_ids, metadata, cache), logits_indices)
+
+    def loss(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        metadata: MambaMetadata | None = None,
+        *,
+        ignore_index: int = IGNORE_INDEX,
+        reduction: str = "mean",
+    ) -> torch.Tensor:
+        """Cross-entropy in nats per token, for training and validation; no rank ever holds the logits of all tokens.
+
+        Every rank gives the same arguments and gets the same bits. Called under autograd, ``backward()`` on the result
+        gives each rank the gradients of its own parameters, whole.
+
+        Args:
+            input_ids: ``[B, L]``, one sequence per row; or packed ``[T]``, with ``metadata``.
+            labels: in the shape of ``input_ids``, for each token the one that follows it, or ``ignore_index``. By
+                default the next token of the same sequence, and none for the last. (transformers takes the ids
+                themselves and shifts them.)
+            metadata: where the sequences of a packed batch are, such as
+                ``packed_sequences(lengths, device)`` of :mod:`tp_mamba.batch`; each from its beginning, without slots.
+            ignore_index: the label of a token that does not count.
+            reduction: ``"mean"`` over the tokens that count, ``"sum"``, or ``"none"``: as they are, zero where ignored.
+
+        Returns:
+            a scalar, or for ``"none"`` the shape of ``input_ids``, in float32 (float64 in a float64 model). A label
+            outside the vocabulary gives NaN.
+
+        Raises:
+            ValueError: shapes that do not fit one another, ids of another dtype or (looked at on a CPU) outside the
+                vocabulary, or another reduction.
+            RuntimeError: gradients are tracked and the batch has decode rows or slots.
+        """
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f'got reduction {reduction!r}: use "mean", "sum" or "none"')
+        self._check_ids(input_ids, dims=2 if metadata is None else 1)
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(
+                f"got labels of shape {list(labels.shape)} for input_ids of shape {list(input_ids.shape)}: give one "
+                "label per token, the token that follows it"
+            )
+        if metadata is None:
+            B, L = input_ids.shape
+            metadata = whole_sequences(B, L, self.device)
+        check_rows("input_ids", input_ids.numel(), metadata)
+        if input_ids.is_cpu:
+            self._check_range(input_ids)
+        ids_T = input_ids.to(self.device).flatten()
+        if labels is None:
+            labels = next_tokens(ids_T, metadata, ignore_index)
+        labels_T = labels.to(self.device).flatten()
+        h_TH = self.backbone(ids_T, metadata, None)
+        losses = self.lm_head.losses(h_TH, labels_T, ignore_index=ignore_index)
+        if reduction == "none":
+            return losses.view(input_ids.shape)
+        total = losses.sum()
+        return total if reduction == "sum" else total / (labels_T != ignore_index).sum()

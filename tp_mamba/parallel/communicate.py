@@ -16,11 +16,31 @@ import torch.distributed as dist
 
 from tp_mamba.kernels.rms_norm import add_rms_norm
 from tp_mamba.kernels.split_dt_bc import split_dt_bc
-from tp_mamba.parallel.collectives import Ranks, sum_over_tp_
-from tp_mamba.parallel.partial import Partial
+from tp_mamba.parallel.collectives import Ranks, copy_to_tp, sum_over_tp_
+from tp_mamba.parallel.partial import Partial, Scattered
 
-# One function, renamed in torch 2.13, where the older name warns.
+# Functions that torch 2.13 renamed, where the older names warn.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def add_and_norm(
+    x: torch.Tensor | Scattered,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    eps: float,
+    *,
+    residual_in_fp32: bool,
+) -> tuple[torch.Tensor | Scattered, torch.Tensor]:
+    """``(rms_norm(x + residual), x + residual)`` of whole rows on every rank, or of this rank's share of them.
+
+    A weight that meets only a share of the rows gets a gradient that is summed over the ranks.
+    """
+    if not isinstance(x, Scattered):
+        return add_rms_norm(x, residual, weight, eps, residual_in_fp32=residual_in_fp32)
+    weight = None if weight is None else copy_to_tp(weight, x.tp)
+    normed, residual = add_rms_norm(x.value, residual, weight, eps, residual_in_fp32=residual_in_fp32)
+    return Scattered(normed, x.tp, x.rows), residual
 
 
 class Communicator:
@@ -40,6 +60,12 @@ class Communicator:
         _all_gather_single(gathered.flatten(0, 1), x, group=tp.process_group())
         return gathered
 
+    def reduce_scatter(self, x: torch.Tensor, tp: Ranks) -> torch.Tensor:
+        """Sum contiguous ``x [n t, ..]`` over the ranks; ``[t, ..]``, the rank's own rows. For two and more."""
+        share = x.new_empty(len(x) // tp.size, *x.shape[1:])
+        _reduce_scatter_single(share, x, group=tp.process_group())
+        return share
+
     def takes_slices(self, tp: Ranks) -> bool:
         """Whether :meth:`split` adds up the slices of a Partial in its own pass.
 
@@ -52,7 +78,11 @@ class Communicator:
         y = sum_over_tp_(partial.added_slices(), partial.tp)
         if partial.dtype is not None:
             y = y.to(partial.dtype)
-        return y if partial.bias is None else y + partial.bias
+        return y if partial.bias is None else y + partial.bias.to(y.dtype)
+
+    def reduce(self, partial: Partial) -> torch.Tensor | Scattered:
+        """The finished sum as the norm behind it is to take it: whole, or this rank's share of its rows."""
+        return self.sum(partial)
 
     def add_and_norm(
         self,
@@ -62,9 +92,9 @@ class Communicator:
         eps: float,
         *,
         residual_in_fp32: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | Scattered, torch.Tensor]:
         """``(rms_norm(sum + residual), sum + residual)``; see :meth:`Partial.add_and_norm`."""
-        return add_rms_norm(self.sum(partial), residual, weight, eps, residual_in_fp32=residual_in_fp32)
+        return add_and_norm(self.reduce(partial), residual, weight, eps, residual_in_fp32=residual_in_fp32)
 
     def split(
         self,
@@ -79,9 +109,9 @@ class Communicator:
         dt_dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The finished sum as dt, B and C; see :meth:`Partial.split`."""
-        whole = partial.value if partial.sliced and self.takes_slices(partial.tp) else self.sum(partial)
+        sliced = partial.sliced and self.takes_slices(partial.tp)
         return split_dt_bc(
-            whole,
+            partial.value if sliced else self.sum(partial),
             time_step_rank,
             state_size,
             dt_weight=dt_weight,
@@ -100,6 +130,8 @@ class Traffic:
     all_reduce_bytes: int = 0
     all_gathers: int = 0
     all_gather_bytes: int = 0
+    reduce_scatters: int = 0
+    reduce_scatter_bytes: int = 0
 
 
 class CountingCommunicator(Communicator):
@@ -117,6 +149,11 @@ class CountingCommunicator(Communicator):
         self.traffic.all_gathers += 1
         self.traffic.all_gather_bytes += tp.size * x.nbytes
         return x.new_empty((tp.size, *x.shape))
+
+    def reduce_scatter(self, x: torch.Tensor, tp: Ranks) -> torch.Tensor:
+        self.traffic.reduce_scatters += 1
+        self.traffic.reduce_scatter_bytes += x.nbytes // tp.size
+        return x.new_empty(len(x) // tp.size, *x.shape[1:])
 
 
 @contextmanager

@@ -198,6 +198,10 @@ class TensorParallel:
             return gathered.flatten(0, 1)
         return torch.cat(gathered.unbind(0), dim=dim)
 
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum ``x`` over the ranks and keep this rank's of ``n`` equal shares of its rows (a multiple of ``n``)."""
+        return x if self.size == 1 else self.communicator.reduce_scatter(x.contiguous(), self)
+
     def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's ``value`` (picklable, small) in rank order."""
         if self.size == 1:

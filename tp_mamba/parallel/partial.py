@@ -7,12 +7,15 @@ fused all-reduce and norm is one more way to finish a :class:`Partial`, and one 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from tp_mamba.kernels.linear.cpu import add_slices_cpu
-from tp_mamba.parallel.collectives import Ranks
+from tp_mamba.parallel.collectives import Ranks, copy_to_tp, gather_rows
 
 
 @dataclass(slots=True, eq=False)
@@ -41,8 +44,12 @@ class Partial:
         eps: float,
         *,
         residual_in_fp32: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(rms_norm(sum + residual), sum + residual)``; arguments as ``kernels.rms_norm.add_rms_norm``."""
+    ) -> tuple[torch.Tensor | Scattered, torch.Tensor]:
+        """``(rms_norm(sum + residual), sum + residual)``; arguments as ``kernels.rms_norm.add_rms_norm``.
+
+        Both are whole on every rank, or both are row shares, as the communicator finishes it; it takes the residual
+        as it gave it.
+        """
         return self.tp.communicator.add_and_norm(
             self, residual, weight, eps, residual_in_fp32=residual_in_fp32
         )
@@ -70,6 +77,77 @@ class Partial:
             dt_dtype=dt_dtype,
         )
 
+    def reduce(self) -> torch.Tensor | Scattered:
+        """The finished sum, as :meth:`add_and_norm` begins: whole, or this rank's rows."""
+        return self.tp.communicator.reduce(self)
+
     def added_slices(self) -> torch.Tensor:
         """This rank's term ``[..., H]``, its slices added up."""
         return add_slices_cpu(self.value) if self.sliced else self.value
+
+
+@dataclass(slots=True, eq=False)
+class Scattered:
+    """Rows of a tensor that are divided over the ranks: what a norm gives where it works on a share of the tokens.
+
+    A layer that takes it gathers the rows, and its own gradient is a sum over the ranks: :func:`whole`.
+    """
+
+    value: torch.Tensor
+    """``[ceil(T / n), H]``: this rank's rows, zero-padded at the end of the last rank's."""
+    tp: Ranks
+    """The ranks that have the others."""
+    rows: int
+    """``T``"""
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def dim(self) -> int:
+        """2, as of the whole tensor."""
+        return self.value.dim()
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[T, H]``"""
+        return torch.Size((self.rows, *self.value.shape[1:]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.value.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.value.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.value.requires_grad
+
+
+def whole(x: torch.Tensor | Scattered, tp: Ranks) -> torch.Tensor:
+    """``x``, replicated or divided by rows, whole on every rank for a layer that is cut over them.
+
+    Forward: identity, or all-gather. Backward: all-reduce of the layer's gradients, or reduce-scatter.
+    """
+    return gather_rows(x.value, x.tp, x.rows) if isinstance(x, Scattered) else copy_to_tp(x, tp)
+
+
+def _opened(x: Partial | Scattered) -> tuple[list[Any], Any]:
+    if isinstance(x, Partial):
+        return [x.value, x.bias], (x.tp, x.dtype, x.sliced)
+    return [x.value], (x.tp, x.rows)
+
+
+def _closed_partial(tensors: Iterable[Any], rest: Any) -> Partial:
+    (value, bias), (tp, dtype, sliced) = tensors, rest
+    return Partial(value, tp, bias, dtype, sliced)
+
+
+def _closed_scattered(tensors: Iterable[Any], rest: Any) -> Scattered:
+    return Scattered(*tensors, *rest)
+
+
+# FSDP2 hooks the tensors that a module takes and returns, which it finds through pytree.
+pytree.register_pytree_node(Partial, _opened, _closed_partial)
+pytree.register_pytree_node(Scattered, _opened, _closed_scattered)
