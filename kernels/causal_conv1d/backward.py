@@ -84,8 +84,10 @@ def _backward(
     query_start_loc: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(dx, dweight, dbias, dinitial_states)``; the last two have no elements where there is no such input."""
-    from tp_mamba.kernels.causal_conv1d.backward_cpu import causal_conv1d_backward_cpu as run
-
+    if use_triton(x):
+        from tp_mamba.kernels.causal_conv1d.launch_backward import launch as run
+    else:
+        from tp_mamba.kernels.causal_conv1d.cpu_backward import causal_conv1d_backward_cpu as run
     gradients = _gradients(x, weight, bias, initial_states, query_start_loc)
     run(*gradients, dout, dfinal_states, x, weight, bias, silu, initial_states, query_start_loc)
     return gradients

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from tp_mamba.kernels.common.device import DeviceProperties
 from tp_mamba.kernels.common.integers import cdiv, next_power_of_2
 
 PER_THREAD = 4
@@ -67,3 +68,21 @@ def tokens_per_run(tokens: int, blocks_d: int, block_t: int, by_rows: bool) -> i
     longest = block_t * _LONG_RUN
     few = cdiv(tokens, longest) * blocks_d <= _FEW_PROGRAMS
     return longest if few else block_t * _SHORT_RUN
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_plan(batch: int, channels: int, length: int, device: DeviceProperties) -> LaunchPlan:
+    """The plan of the backward in a mixer's layout: one wave of programs, runs of at least 64 tokens.
+
+    A run computes K - 1 tokens of the next one anew and writes K + 1 sums per channel: long runs cost little of either.
+    """
+    block_d, group = min(512, next_power_of_2(channels)), 8
+    resident = 3 * device.sm_count  # programs of 168 registers per thread
+    runs = max(1, resident // max(1, batch * cdiv(channels, block_d)))
+    run = max(64, group * cdiv(cdiv(length, runs), group))
+    return LaunchPlan(BLOCK_B=1, BLOCK_T=group, BLOCK_D=block_d, run_tokens=run)
+
+
+def backward_tiles(length: int) -> LaunchPlan:
+    """The plan of the backward for any layout: of 8 channels, tokens that are neighbours in memory."""
+    return LaunchPlan(BLOCK_B=1, BLOCK_T=64, BLOCK_D=8, run_tokens=256 if length > 4096 else 64)

@@ -49,10 +49,23 @@ else:
 
 
 @triton.jit
+def sigmoid(x):
+    """``1 / (1 + exp(-x))``, float32."""
+    # Far below zero the exponential is held at 2**126, whose reciprocal is the last not to be taken as zero.
+    return rcp(1.0 + ex2(tl.minimum(x * -LOG2_E, 126.0)))
+
+
+@triton.jit
 def silu(x):
     """``x / (1 + exp(-x))``, float32."""
-    # Far below zero the exponential is held at 2**126, whose reciprocal is the last not to be taken as zero.
-    return x * rcp(1.0 + ex2(tl.minimum(x * -LOG2_E, 126.0)))
+    return x * sigmoid(x)
+
+
+@triton.jit
+def silu_slope(x):
+    """The derivative of :func:`silu`."""
+    s = sigmoid(x)
+    return s * tl.fma(x, 1.0 - s, 1.0)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tp_mamba.kernels.common.dispatch import use_triton
 from tp_mamba.kernels.common.dtypes import HALVES, wide_dtype
 from tp_mamba.kernels.common.gradients import refuse_second_derivative
 from tp_mamba.kernels.linear.backward import product_gradients
@@ -34,7 +35,10 @@ def _backward(
     dv_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``dv [T, D]``, and ``dbias [D]``, without elements where there is no bias."""
-    from tp_mamba.kernels.linear_softplus.backward_cpu import linear_softplus_backward_cpu as run
+    if use_triton(x):
+        from tp_mamba.kernels.linear_softplus.any_backward import launch as run
+    else:
+        from tp_mamba.kernels.linear_softplus.cpu_backward import linear_softplus_backward_cpu as run
 
     dv, dbias = _outputs(dout, bias, dv_dtype)
     run(dv, None if bias is None else dbias, dout, x, weight, bias)

@@ -54,3 +54,12 @@ def launch_plan(T: int, D: int, R: int, dtype: torch.dtype, device: DeviceProper
     tiles, columns = cdiv(T, block_t), cdiv(D, block_d)
     runs = max(1, 2 * device.sm_count // columns)  # two programs per SM, all in one wave
     return LaunchPlan(True, block_t, block_d, whole, 4, cdiv(tiles, runs))
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_plan(R: int, dtype: torch.dtype) -> LaunchPlan:
+    """The plan of the backward's tiles, of which each program takes one."""
+    if dtype == torch.float32:  # no tensor core without TF32
+        return LaunchPlan(False, 64, 64, 32, 4)
+    block_r = min(64, max(16, next_power_of_2(R)))
+    return LaunchPlan(False, 64, 128, block_r, 4)  # small enough for three programs per SM

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tp_mamba.kernels.common.dispatch import use_triton
 from tp_mamba.kernels.common.dtypes import wide_dtype
 from tp_mamba.kernels.common.gradients import refuse_second_derivative
 
@@ -38,7 +39,10 @@ def _backward(
     residual_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(dx, dresidual, dweight)``; dresidual is empty where its dtype is that of dx, dweight without a weight."""
-    from tp_mamba.kernels.rms_norm.backward_cpu import rms_norm_backward_cpu as run
+    if use_triton(x):
+        from tp_mamba.kernels.rms_norm.any_backward import launch as run
+    else:
+        from tp_mamba.kernels.rms_norm.cpu_backward import rms_norm_backward_cpu as run
 
     dx, dresidual, dweight = _outputs(x, weight, x_dtype, residual_dtype)
     H = x.shape[-1]

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from tp_mamba.kernels.common.checks import without_gaps
+from tp_mamba.kernels.common.dispatch import use_triton
 from tp_mamba.kernels.common.gradients import refuse_second_derivative
 
 _BACKWARD = "tp_mamba::split_dt_bc_backward"
@@ -31,10 +33,14 @@ def _backward(
     x_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``dx [T, R + 2 N]``, and the gradients of the three weights, without elements where there is none."""
-    from tp_mamba.kernels.split_dt_bc.backward_cpu import split_dt_bc_backward_cpu as run
+    if use_triton(ddt):
+        from tp_mamba.kernels.split_dt_bc.any_backward import launch as run
+    else:
+        from tp_mamba.kernels.split_dt_bc.cpu_backward import split_dt_bc_backward_cpu as run
 
     outputs = _outputs(ddt, dbc, dt_weight, b_weight, c_weight, x_dtype)
-    run(*outputs, ddt, dbc, x, dt_weight, b_weight, c_weight, eps)
+    weights = (without_gaps(dt_weight), without_gaps(b_weight), without_gaps(c_weight))
+    run(*outputs, ddt, dbc, x, *weights, eps)
     return outputs
 
 

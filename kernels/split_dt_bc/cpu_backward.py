@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tp_mamba.kernels.linear.cpu import add_slices_cpu
-from tp_mamba.kernels.rms_norm.backward_cpu import rms_norm_backward_cpu
+from tp_mamba.kernels.rms_norm.cpu_backward import rms_norm_backward_cpu
 
 
 def split_dt_bc_backward_cpu(
