@@ -67,7 +67,7 @@ def limits_before_loading(
         dtype = torch_dtype(args.dtype) or planned_dtype(args.checkpoint, config.dtype)[0]
         shapes = MambaForCausalLM(config, TensorParallel.virtual(tp.rank, tp.size), dtype, "meta")
         weights = sum(tensor.param.nbytes for tensor in sharded_tensors(shapes))
-        needs = Needs.of(shapes, weights=weights, captures=tp.device.type == "cuda")
+        needs = Needs.of(shapes, weights=weights, captures=tp.device.type == "cuda" and not args.eager)
     asked = args.max_batch_size or at_most or MAX_BATCH_SIZE
     limits = agree_on_limits(
         tp,

@@ -39,7 +39,7 @@ def run_file(args: argparse.Namespace, tp: TensorParallel) -> int:
     limits = limits_before_loading(args, tp)
     model, weights = load_model(args, tp)
     report = describe(model)
-    engine = Engine(model, tokenizer, **limits)
+    engine = Engine(model, tokenizer, eager=args.eager, **limits)
     if tp.rank > 0:
         follow(engine, tp)
         return 0

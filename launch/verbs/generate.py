@@ -30,6 +30,7 @@ from tp_mamba.launch.ranks.start import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from tp_mamba.engine.graphs import CaptureReport
     from tp_mamba.parallel.group import TensorParallel
 
 USES_RANKS = True
@@ -76,6 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_limits(
         parser.add_argument_group("memory (a number that does not fit is lowered, and a note says so)")
+    )
+    parser.add_argument(
+        "--eager",
+        action="store_true",
+        help="launch every kernel from the host instead of capturing steps in CUDA graphs; on a CPU it is always so",
     )
     ranks = parser.add_argument_group("ranks")
     ranks.add_argument(
@@ -177,7 +183,16 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     from tp_mamba.launch.jsonl.command import run_file
     from tp_mamba.launch.loading import describe, limits_before_loading, load_encoder, load_model
 
-    names = ("dtype", "device", "chat", "max_batch_size", "max_prefill_tokens", "memory_fraction", "prompts")
+    names = (
+        "dtype",
+        "device",
+        "chat",
+        "max_batch_size",
+        "max_prefill_tokens",
+        "memory_fraction",
+        "eager",
+        "prompts",
+    )
     agree_on_arguments(tp, args, (*SamplingParams.__dataclass_fields__, *names))
     if args.prompts is not None:
         return run_file(args, tp)
@@ -188,11 +203,11 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     model, _ = load_model(args, tp)
     speaks = tp.rank == 0 and not args.json
     output = Output(prompts, speaks, echo=not args.chat)
-    events = stream(model, prompt_ids, args.params, tokenizer, **limits)
+    events = stream(model, prompt_ids, args.params, tokenizer, eager=args.eager, **limits)
     output.follow(events)
     report = {**describe(model), "prompt_tokens": sum(map(len, prompt_ids)), **output.timing()}
     if speaks:
-        show(_summary(report))
+        show(_summary(report, events.captured))
     elif tp.rank == 0:
         print_json({"results": output.results(), **report})
     if output.errors:
@@ -200,7 +215,8 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     return 0
 
 
-def _summary(report: dict[str, Any]) -> Table:
+def _summary(report: dict[str, Any], captured: CaptureReport) -> Table:
+    steps = f"{captured.graphs} captured as CUDA graphs, in {captured.seconds:.2f} s"
     sizes: list[int] = report["bytes_per_rank"]
     rate = report["tokens_per_second"]
     return facts(
@@ -218,5 +234,6 @@ def _summary(report: dict[str, Any]) -> Table:
                 "generated",
                 f"{report['new_tokens']} tokens" + (f", {rate:.1f} tokens/s" if rate is not None else ""),
             ),
+            *([("steps", steps)] if captured.graphs else []),
         ],
     )

@@ -158,7 +158,7 @@ def test_rows_of_different_parameters_choose_as_each_does_alone(
                 uniforms=uniforms if params.temperature else None,
             ).tolist()
             sampler.begin(request)
-        assert sampler.sample(logits, requests) == alone
+        assert sampler.sample(logits, requests).tolist() == alone
 
 
 @pytest.mark.parametrize("device", DEVICES)

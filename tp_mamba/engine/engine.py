@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 from tokenizers import Tokenizer
 
+from tp_mamba.engine.graphs import CaptureReport, CudaCapture
 from tp_mamba.engine.intake import RequestBuilder, checked_limit
+from tp_mamba.engine.ladder import Ladder
 from tp_mamba.engine.memory import MEMORY_FRACTION, ClampedWarning, Needs, agree_on_limits, checked_fraction
 from tp_mamba.engine.model import Cache, Model
 from tp_mamba.engine.params import SamplingParams, integer, with_options
 from tp_mamba.engine.request import Request, TokenEvent
 from tp_mamba.engine.runner import Runner
 from tp_mamba.engine.sampler import NOT_FINITE, Sampler
-from tp_mamba.engine.scheduler import Scheduler
+from tp_mamba.engine.scheduler import Schedule, Scheduler
 from tp_mamba.parallel.turns import hold
 
 MAX_BATCH_SIZE = 256
 """Sequences at a time, unless another number is asked for; fewer where memory is short."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that was launched, and whose tokens may still be on their way."""
+
+    requests: list[Request]
+    """Those that make a token in it."""
+    receive: Callable[[], list[int]]
+    """Waits for the tokens."""
 
 
 class Engine:
@@ -30,6 +45,11 @@ class Engine:
     Each of its parts has a file: :class:`Scheduler` decides which requests advance, :class:`Runner` makes one
     forward pass of that, :class:`Sampler` turns logits into tokens. A request's tokens do not depend on the
     requests beside it, as far as the model's logits do not.
+
+    On a GPU a step is one replay of a captured graph (:mod:`tp_mamba.engine.graphs`), and the host works one step
+    behind: the next step is launched before the tokens of this one are known, which it takes from the device's memory.
+    Text and conditions to stop follow. A sequence that turns out to have ended was then taken a token further, which
+    nobody sees; its slot is free all the same, since whoever gets it comes later on the device too.
 
     Every rank makes the same calls with the same arguments in the same order, and gets the same events. An engine is
     used by one thread at a time, and no other thread generates over the same ranks while it is open.
@@ -49,6 +69,9 @@ class Engine:
         max_batch_size: int | None = None,
         max_prefill_tokens: int = 8192,
         memory_fraction: float = MEMORY_FRACTION,
+        eager: bool = False,
+        overlap: bool | None = None,
+        check_steps: bool = False,
     ) -> None:
         """Check the arguments; memory is taken by :meth:`start`.
 
@@ -61,6 +84,11 @@ class Engine:
             max_prefill_tokens: prompt tokens of one forward pass; longer prompts are cut. Activations take memory
                 in proportion to this, not to the prompts' lengths. Lowered likewise.
             memory_fraction: part of the memory that is free at the start which activations and states may take.
+            eager: launch every kernel from the host instead of capturing steps; always so on a CPU.
+            overlap: launch a step before the tokens of the one before are known to the host; the events are the same.
+                By default on a GPU.
+            check_steps: for debugging: compare every index of a step with the requests it is for, and what lies in the
+                device's buffer with what may, before the step runs. It waits for the device in every step.
 
         Raises:
             ValueError: a limit that is no integer or below 1, a fraction that is none, or a tokenizer without tokens.
@@ -70,6 +98,11 @@ class Engine:
             self.max_batch_size = checked_limit("max_batch_size", max_batch_size)
         self.max_prefill_tokens = checked_limit("max_prefill_tokens", max_prefill_tokens)
         self._memory_fraction = checked_fraction(memory_fraction)
+        self._capturing, self._check_steps = model.device.type == "cuda" and not eager, check_steps
+        self._ahead = int(model.device.type == "cuda" if overlap is None else overlap)
+        self._pending: deque[_Step] = deque()
+        self._stream: torch.cuda.Stream | None = None
+        self._captured = CaptureReport()
         self._model = model
         self._builder = RequestBuilder(model.config, tokenizer)
         self._scheduler = Scheduler(self.max_prefill_tokens)
@@ -109,7 +142,12 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether any request is running or waiting."""
-        return self._scheduler.has_work
+        return bool(self._requests)
+
+    @property
+    def captured(self) -> CaptureReport:
+        """How many steps were captured so far, and in what time."""
+        return self._captured
 
     def start(self, at_most: int | None = None) -> None:
         """Choose :attr:`max_batch_size` if none was given, and make the state cache; a second call does nothing.
@@ -139,14 +177,25 @@ class Engine:
             raise
         self._let_go = weakref.finalize(self, release)  # a dropped engine lets go as well
         self.max_batch_size = slots
+        runner = self._runner(cache, slots)
         sampler = Sampler(slots, model.config.vocab_size, self._builder.usable, model.device)
-        self._parts = cache, Runner(model, cache), sampler
+        self._parts, self._captured = (cache, runner, sampler), runner.captured
+
+    def _runner(self, cache: Cache, slots: int) -> Runner:
+        device, limit, ladder, capture = self._model.device, self.max_prefill_tokens, None, None
+        if device.type == "cuda":
+            self._stream = torch.cuda.current_stream(device)
+            if self._capturing:
+                ladder, capture = Ladder(slots, limit), CudaCapture(device)
+        return Runner(
+            self._model, cache, slots, limit, ladder=ladder, capture=capture, check_steps=self._check_steps
+        )
 
     def _agree_on_slots(self, at_most: int | None) -> int:
         model, asked = self._model, self.max_batch_size
         limits = agree_on_limits(
             model.tp,
-            Needs.of(model),
+            Needs.of(model, captures=self._capturing),
             device=model.device,
             max_batch_size=min(asked or at_most or MAX_BATCH_SIZE, at_most or asked or MAX_BATCH_SIZE),
             max_prefill_tokens=self.max_prefill_tokens,
@@ -159,28 +208,58 @@ class Engine:
         return limits.max_batch_size
 
     def step(self) -> list[TokenEvent]:
-        """One forward pass; an event for each request that made a token in it, or failed.
+        """The events of one forward pass: one for each request that made a token in it, or failed.
 
-        A request whose logits are not finite ends alone, with ``finish_reason="error"``; the others go on.
+        A request whose logits are not finite ends alone, with ``finish_reason="error"``; the others go on. With
+        ``overlap`` the pass after it is launched first.
 
         Returns:
             Events of the requests that were decoding, then of those whose prompts are now complete, each in order of
             arrival; none while a long prompt is being taken in, or without work.
+
+        Raises:
+            Exception: whatever a model, a tokenizer or an interrupt raises. The engine is then closed, every slot free:
+                how far its sequences have come cannot be told.
         """
         self.start()
+        if not self._requests:
+            self._pending.clear()  # what is left of it belongs to sequences that have ended
+            return []
+        try:
+            with self._on_stream(), torch.inference_mode():
+                while len(self._pending) <= self._ahead and self._launch():
+                    pass
+            return self._collect(self._pending.popleft()) if self._pending else []
+        except BaseException:
+            self._pending.clear()  # not waited for: the device, or another rank, may have failed
+            self.close()
+            raise
+
+    def _launch(self) -> bool:
+        """Launch the next pass; False if there is nothing to run."""
         assert self._parts is not None
         cache, runner, sampler = self._parts
-        if not self.has_work:
-            return []
-        with torch.inference_mode():
-            schedule = self._scheduler.schedule(cache)
-            for request in schedule.admitted:
-                sampler.begin(request)
-            logits = runner.forward(schedule)
-            sampling = schedule.sampling
-            tokens = sampler.sample(logits, sampling) if sampling else []
+        schedule: Schedule = self._scheduler.schedule(cache)
+        if schedule.is_empty:
+            return False
+        for request in schedule.admitted:
+            sampler.begin(request)
+        logits, requests = runner.forward(schedule), schedule.sampling
+        self._pending.append(
+            _Step(requests, runner.give(sampler.sample(logits, requests)) if requests else list)
+        )
+        for request in requests:
+            request.launched += 1
+            if request.all_launched:
+                self._release(request)
+        return True
+
+    def _collect(self, step: _Step) -> list[TokenEvent]:
+        """Wait for the tokens of ``step``, and tell what has become of its requests."""
         events = []
-        for request, token in zip(sampling, tokens, strict=True):
+        for request, token in zip(step.requests, step.receive(), strict=True):
+            if request.index not in self._requests:
+                continue  # it has ended, or was dropped, after this step was launched
             event = request.fail(_not_finite(request)) if token == NOT_FINITE else request.accept(token)
             events.append(event)
             if event.finish_reason is not None:
@@ -202,6 +281,10 @@ class Engine:
         """Drop every request and give the state's memory back; a second call does nothing."""
         for request in list(self._requests.values()):
             self._remove(request)
+        for step in self._pending:  # the device is done with what goes now
+            with suppress(RuntimeError):
+                step.receive()
+        self._pending.clear()
         self._closed, self._parts = True, None
         self._let_go()
 
@@ -215,9 +298,18 @@ class Engine:
 
     def _remove(self, request: Request) -> None:
         del self._requests[request.index]
+        if not request.all_launched:
+            self._release(request)
+
+    def _release(self, request: Request) -> None:
+        """No further step is for ``request``: its slot is for others, and what is launched for it comes before them."""
         self._scheduler.remove(request)
         if request.slot is not None and self._parts is not None:
             self._parts[0].free(request.slot)
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        """All steps run on the stream that was current at the start, whichever thread asks for them."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from tp_mamba.engine.engine import Engine
+from tp_mamba.engine.graphs import CaptureReport
 from tp_mamba.engine.intake import Prompts, params_of, rows_of
 from tp_mamba.engine.memory import MEMORY_FRACTION
 from tp_mamba.engine.model import Model
@@ -39,6 +40,11 @@ class TokenStream(Iterator[TokenEvent]):
     def __init__(self, engine: Engine) -> None:
         """Follow ``engine``, which has started and has its requests."""
         self._engine, self._events = engine, deque[TokenEvent]()
+
+    @property
+    def captured(self) -> CaptureReport:
+        """How many steps were captured so far, and in what time."""
+        return self._engine.captured
 
     @property
     def max_batch_size(self) -> int:
@@ -74,6 +80,8 @@ def generate(
     max_batch_size: int | None = None,
     max_prefill_tokens: int = 8192,
     memory_fraction: float = MEMORY_FRACTION,
+    eager: bool = False,
+    overlap: bool | None = None,
     **sampling: Any,
 ) -> list[GenerationResult]:
     """Run :func:`stream` to its end and collect one result per prompt, in their order.
@@ -92,6 +100,8 @@ def generate(
         max_batch_size=max_batch_size,
         max_prefill_tokens=max_prefill_tokens,
         memory_fraction=memory_fraction,
+        eager=eager,
+        overlap=overlap,
         **sampling,
     )
     token_ids: dict[int, list[int]] = {}
@@ -125,6 +135,8 @@ def stream(
     max_batch_size: int | None = None,
     max_prefill_tokens: int = 8192,
     memory_fraction: float = MEMORY_FRACTION,
+    eager: bool = False,
+    overlap: bool | None = None,
     **sampling: Any,
 ) -> TokenStream:
     """Generate for prompts of any lengths, giving out every token as it is made.
@@ -151,6 +163,9 @@ def stream(
             in proportion to this, not to the prompts' lengths. Lowered likewise.
         memory_fraction: part of the memory that is free now, on the rank with the least, which activations and states
             may take.
+        eager: launch every kernel from the host instead of capturing steps in CUDA graphs; always so on a CPU.
+        overlap: launch a step before the tokens of the one before are known to the host; the events of a sequence are
+            the same. By default on a GPU.
         sampling: fields of :class:`SamplingParams` by name, in place of those of ``params``, as in
             ``max_new_tokens=20``.
 
@@ -179,6 +194,8 @@ def stream(
                 max_batch_size=max_batch_size,
                 max_prefill_tokens=max_prefill_tokens,
                 memory_fraction=memory_fraction,
+                eager=eager,
+                overlap=overlap,
             )
             for index, (prompt, its_params) in enumerate(zip(rows, each_params, strict=True)):
                 engine.add_request(prompt, its_params, position=index)
@@ -192,6 +209,8 @@ def stream(
                     "max_batch_size": max_batch_size,
                     "max_prefill_tokens": max_prefill_tokens,
                     "memory_fraction": memory_fraction,
+                    "eager": eager,
+                    "overlap": overlap,
                     **_described(rows, each_params),
                 }
             )

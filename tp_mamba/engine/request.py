@@ -62,11 +62,14 @@ class Request:
     detokenizer: Detokenizer | None = None
     """Makes text of its tokens; None for ids only."""
     slot: int | None = None
-    """Its place in the state cache, once it has one."""
+    """Its place in the state cache, once it has one; once :attr:`all_launched`, perhaps another's."""
     taken: int = 0
     """Prompt tokens whose effect is in the slot's state."""
     token_ids: list[int] = field(default_factory=list)
-    """Tokens generated so far. The last one is not in the state yet."""
+    """Tokens generated so far, as far as the host has seen them. The last one is not in the state yet."""
+    launched: int = 0
+    """Tokens that the steps launched so far make. Where the host runs ahead of the device, one more than it has seen,
+    until the request ends."""
     finish_reason: FinishReason | None = None
     uniforms: UniformStream = field(init=False)
     stops: StopStrings = field(init=False)
@@ -79,6 +82,11 @@ class Request:
     def remaining(self) -> int:
         """Prompt tokens still to be taken in."""
         return len(self.prompt) - self.taken
+
+    @property
+    def all_launched(self) -> bool:
+        """Whether no further step is needed, since the step that makes the last token it may have is launched."""
+        return self.launched == self.params.max_new_tokens
 
     @property
     def state(self) -> RequestState:

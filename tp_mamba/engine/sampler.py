@@ -69,14 +69,13 @@ def choose(
     """
     if seen is not None:
         logits = penalise_repetition(logits, seen, params.repetition_penalty)
-    finite = logits.amax(-1).isfinite()
-    if uniforms is None:
-        tokens = logits.argmax(-1)
-    else:
+    highest, tokens = logits.max(-1)  # the first of several, as everywhere
+    if uniforms is not None:
+        greedy = tokens
         tokens = draw(token_weights(logits, params), uniforms)
         if isinstance(params, RowParams) and params.greedy is not None:
-            tokens = torch.where(params.greedy, logits.argmax(-1), tokens)
-    return torch.where(finite, tokens, NOT_FINITE)
+            tokens = torch.where(params.greedy, greedy, tokens)
+    return torch.where(highest.isfinite(), tokens, NOT_FINITE)
 
 
 def penalise_repetition(
@@ -193,9 +192,9 @@ class Sampler:
         (prompt,) = copy_to_device([np.asarray(request.prompt, dtype=np.int64)], self._device)
         self._seen[request.slot].zero_().index_fill_(0, prompt, True)
 
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-        """The next token of each of ``requests``, from its row of ``logits [B, V]``; :data:`NOT_FINITE` where
-        there is none. Only here a step waits for the device.
+    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """The next token of each of ``requests``, from its row of ``logits [B, V]``: ``[B]`` int64 on the device,
+        :data:`NOT_FINITE` where there is none. Nothing waits for it.
 
         Random numbers are drawn for the requests that need them, so a greedy neighbour changes nobody's.
         """
@@ -225,7 +224,7 @@ class Sampler:
         if slots is not None:
             assert self._seen is not None
             self._seen[slots, tokens] = True
-        return tokens.tolist()
+        return tokens
 
 
 def _differing(params: Sequence[SamplingParams]) -> dict[str, list[float]]:

@@ -51,6 +51,11 @@ class Schedule:
     """Requests that got their slot for this pass; each has a chunk."""
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing is to run."""
+        return not self.decodes and not self.chunks
+
+    @property
     def sampling(self) -> list[Request]:
         """Requests that make a token in this pass, in the order of their logits: the decodes, then the prompts
         that are complete."""
@@ -92,9 +97,9 @@ class Scheduler:
                     budget -= chunks[-1].length
         admitted = []
         while self._waiting and budget and slots.num_free:
-            request = self._waiting.popleft()
+            request = self._waiting[0]
             request.slot = slots.allocate()
-            self._running.append(request)
+            self._running.append(self._waiting.popleft())
             admitted.append(request)
             chunks.append(_next_chunk(request, budget))
             budget -= chunks[-1].length
