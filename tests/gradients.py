@@ -23,11 +23,12 @@ Tensors = dict[str, torch.Tensor]
 
 
 def make_mixer(kind: str, tp: TensorParallel, **options: Any) -> MambaMixer:
-    """A trainable mixer whose channels no number of ranks here divides: every width, bias and norm once."""
+    """A trainable mixer: :data:`KINDS` have every width, bias and norm once, and channels that 2, 3 and 4 ranks pad."""
     H, N, K, D, R, conv_bias, bias, norm, weighted = {
         "mamba": (6, 4, 3, 13, 3, True, True, False, True),
         "falcon": (5, 3, 2, 11, 2, False, False, True, False),
         "jamba": (7, 5, 4, 14, 4, True, True, True, True),
+        "large": (64, 16, 4, 160, 8, True, True, True, True),
     }[kind]
     options = {"dtype": torch.float64, "trainable": True, "tp": tp, **options}
     mixer = MambaMixer(H, N, K, D, R, conv_bias, bias, norm, weighted, 1e-6, **options)

@@ -30,7 +30,8 @@ def save_model(model: CausalLM, folder: str | Path, *, max_shard_bytes: int = MA
     """Write ``model`` to ``folder`` as its family's files are; every rank calls this, rank 0 writes.
 
     Tensors are gathered one at a time; halves are merged and padding is trimmed. A, D and dt bias are written in
-    the dtype they were loaded from, so that loading and saving changes no bit; all else in the model's dtype.
+    the dtype they were loaded from, so that loading and saving changes no bit, or as they are held where they take
+    gradients; all else in the model's dtype.
     The folder takes the place of an older checkpoint only when it is complete.
 
     Args:
@@ -182,4 +183,7 @@ def _declared_dtype(written: set[torch.dtype]) -> torch.dtype | None:
 
 def _file_dtype(tensor: ShardedTensor) -> torch.dtype:
     held = tensor.param.dtype
-    return (tensor.file_dtype or wide_dtype(held)) if tensor.shard.wide else held
+    if not tensor.shard.wide:
+        return held
+    loaded = None if tensor.param.requires_grad else tensor.file_dtype  # trained: no longer what was loaded
+    return loaded or wide_dtype(held)
