@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 
 from tp_mamba.kernels.causal_conv1d.backward import convolve_tracked
+from tp_mamba.kernels.causal_conv1d.operator import convolve_in_place, update_in_place
 from tp_mamba.kernels.causal_conv1d.outputs import empty_rows, states_to_advance
 from tp_mamba.kernels.common.checks import (
     PAD_SLOT_NAME,
@@ -33,84 +34,12 @@ from tp_mamba.kernels.common.checks import (
     slot_column,
     without_gaps,
 )
-from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
+from tp_mamba.kernels.common.dispatch import calls_directly
 from tp_mamba.kernels.common.gradients import refuse_in_place, tracks_grad
 from tp_mamba.kernels.common.limits import ACTIVATIONS, check_activation, check_conv_width
 from tp_mamba.kernels.common.remember import Form, Key, forms, key_of, remembered
-from tp_mamba.kernels.common.static_operands import declare_static_operands
 
 _STATES = "pass initial_states and return_final_states=True, or call it under torch.no_grad()"
-
-
-def _forward(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    silu: bool,
-    states: torch.Tensor | None,
-    query_start_loc: torch.Tensor | None,
-    cache_indices: torch.Tensor | None,
-    has_initial_state: torch.Tensor | None,
-    all_initial: bool,
-    pad_slot_id: int,
-) -> None:
-    if use_triton(x):
-        from tp_mamba.kernels.causal_conv1d.any import launch as run
-    else:
-        from tp_mamba.kernels.causal_conv1d.cpu import causal_conv1d_cpu as run
-    sequences = (query_start_loc, cache_indices, has_initial_state)
-    run(out, x, weight, bias, silu, states, *sequences, all_initial, False, pad_slot_id)
-
-
-def _update(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    conv_state: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    silu: bool,
-    conv_state_indices: torch.Tensor | None,
-    pad_slot_id: int,
-) -> None:
-    if use_triton(x):
-        from tp_mamba.kernels.causal_conv1d import mixer
-
-        if mixer.serves(out, x, weight, conv_state):
-            mixer.launch(out, x, weight, bias, silu, conv_state, conv_state_indices, pad_slot_id)
-            return
-        from tp_mamba.kernels.causal_conv1d.any import launch as run
-    else:
-        from tp_mamba.kernels.causal_conv1d.cpu import causal_conv1d_cpu as run
-    if x.dim() == 2:
-        x, out = x.unsqueeze(-1), out.unsqueeze(-1)
-    run(out, x, weight, bias, silu, conv_state, None, conv_state_indices, None, True, True, pad_slot_id)
-
-
-torch.library.define(
-    "tp_mamba::causal_conv1d",
-    "(Tensor(a!) out, Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor(b!)? states, "
-    "Tensor? query_start_loc, Tensor? cache_indices, Tensor? has_initial_state, bool all_initial, "
-    "int pad_slot_id) -> ()",
-)
-torch.library.define(
-    "tp_mamba::causal_conv1d_update",
-    "(Tensor(a!) out, Tensor x, Tensor(b!) conv_state, Tensor weight, Tensor? bias, bool silu, "
-    "Tensor? conv_state_indices, int pad_slot_id) -> ()",
-)
-torch.library.impl("tp_mamba::causal_conv1d", ("cpu", "cuda"), _forward)
-torch.library.impl("tp_mamba::causal_conv1d_update", ("cpu", "cuda"), _update)
-declare_static_operands("tp_mamba::causal_conv1d_update", "weight", "bias", "conv_state_indices")
-
-
-@torch.library.register_fake("tp_mamba::causal_conv1d")
-def _forward_fake(*_: object) -> None:
-    """Everything is written in place."""
-
-
-@torch.library.register_fake("tp_mamba::causal_conv1d_update")
-def _update_fake(*_: object) -> None:
-    """Everything is written in place."""
 
 
 @not_supported(
@@ -236,21 +165,9 @@ def causal_conv1d_fn(
     states, all_initial = conv_states, initial_states is not None
     if states is None:  # the op advances states in place: it is handed a copy
         states = states_to_advance(x, shape, initial_states, return_final_states, final_states_out)
-    tensors = (out, x, weight, bias, states, query_start_loc, cache_indices, has_initial_state)
-    op = _forward if calls_directly(*tensors) else torch.ops.tp_mamba.causal_conv1d
-    op(
-        out,
-        x,
-        weight,
-        without_gaps(bias),
-        silu,
-        states,
-        query_start_loc,
-        cache_indices,
-        has_initial_state,
-        all_initial,
-        pad_slot_id,
-    )
+    tensors = (out, x, weight, without_gaps(bias), states, query_start_loc, cache_indices, has_initial_state)
+    op = convolve_in_place if calls_directly(*tensors) else torch.ops.tp_mamba.causal_conv1d
+    op(*tensors, silu, all_initial, pad_slot_id)
     return (out, states) if return_final_states and states is not None else out
 
 
@@ -313,7 +230,7 @@ def causal_conv1d_update(
     if out is None:
         out = empty_rows(x, 1)
     direct = calls_directly(out, x, conv_state, weight, bias, conv_state_indices)
-    op = _update if direct else torch.ops.tp_mamba.causal_conv1d_update
+    op = update_in_place if direct else torch.ops.tp_mamba.causal_conv1d_update
     op(out, x, conv_state, weight, without_gaps(bias), silu, conv_state_indices, pad_slot_id)
     return out
 

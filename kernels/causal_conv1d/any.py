@@ -16,14 +16,16 @@ One token per row in a mixer's layout has a kernel of its own, in ``mixer.py``.
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from tp_mamba.kernels.causal_conv1d.arguments import Convolution
 from tp_mamba.kernels.causal_conv1d.launch import sequences_plan
 from tp_mamba.kernels.causal_conv1d.taps import convolve, is_packed, load_taps
-from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.integers import cdiv
+from tp_mamba.kernels.common.launches import Launch, launcher
 
 
 @triton.jit
@@ -315,54 +317,36 @@ def _causal_conv1d_kernel(
             )  # fmt: skip
 
 
-def launch(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    silu: bool,
-    states: torch.Tensor | None,
-    query_start_loc: torch.Tensor | None,
-    cache_indices: torch.Tensor | None,
-    has_initial_state: torch.Tensor | None,
-    all_initial: bool,
-    zero_null: bool,
-    pad_slot_id: int,
-) -> None:
-    """Convolve ``x`` ([B, D, L], or [D, T] with ``query_start_loc``) into ``out``, and advance ``states``.
-
-    Args:
-        all_initial: every sequence starts from its slot (``has_initial_state`` is then None).
-        zero_null: sequences whose slot is ``pad_slot_id`` give zeros; otherwise they start from zeros.
-    """
+@launcher(tensors=8)
+def launch(*arguments: Any) -> Launch | None:
+    """Launch the kernel for a :class:`Convolution`, whose fields these are."""
+    call = Convolution(*arguments)
+    x, out, weight, states = call.x, call.out, call.weight, call.states
     width = weight.shape[1]
-    if query_start_loc is None:
+    if call.query_start_loc is None:
         batch, channels, length = x.shape
         num_seqs, head, has_body = batch, min(length, width - 1), length > width - 1
         x_strides, out_strides = x.stride(), out.stride()
     else:  # a batch of one, whose stride must not vary with T
         batch, (channels, length) = 1, x.shape
-        num_seqs, head, has_body = query_start_loc.shape[0] - 1, width - 1, length > 0
+        num_seqs, head, has_body = call.query_start_loc.shape[0] - 1, width - 1, length > 0
         x_strides, out_strides = (0, *x.stride()), (0, *out.stride())
     by_rows = x_strides[1] == 1
     plan = sequences_plan(batch * length, channels, has_body, by_rows)
-    blocks_d = cdiv(channels, plan.BLOCK_D)
     runs = cdiv(length, plan.run_tokens) if has_body else 0
     num_heads = num_seqs if head > 0 else 0
-    programs = (num_heads + batch * runs) * blocks_d
+    programs = (num_heads + batch * runs) * cdiv(channels, plan.BLOCK_D)
     if programs == 0:
-        return
-    state_len = 1 if states is None else states.shape[2]
-    with on_device_of(x):
-        _causal_conv1d_kernel[(programs,)](
-            out, x, weight, bias, states, query_start_loc, cache_indices, has_initial_state,
-            length, num_seqs, (num_seqs + 1).bit_length(), num_heads, max(runs, 1), plan.run_tokens, pad_slot_id,
-            *x_strides[:2], *out_strides[:2], *weight.stride(),
-            *((0, 0, 0) if states is None else states.stride()),
-            D=channels, x_stride_t=x_strides[2], out_stride_t=out_strides[2],
-            K=width, HEAD=head, STATE_LEN=state_len,
-            X_UNIT=by_rows, OUT_UNIT=out_strides[1] == 1,
-            STATES_UNIT=states is not None and states.stride(1) == 1,
-            ALL_INITIAL=all_initial, ZERO_NULL=zero_null, PACKED=is_packed(weight), SILU=silu,
-            BLOCK_T=plan.BLOCK_T, BLOCK_D=plan.BLOCK_D, num_warps=plan.num_warps,
-        )  # fmt: skip
+        return None
+    values = (
+        length, num_seqs, (num_seqs + 1).bit_length(), num_heads, max(runs, 1), plan.run_tokens, call.pad_slot_id,
+        *x_strides[:2], *out_strides[:2], *weight.stride(), *((0, 0, 0) if states is None else states.stride()),
+    )  # fmt: skip
+    constants = {
+        "D": channels, "x_stride_t": x_strides[2], "out_stride_t": out_strides[2], "K": width, "HEAD": head,
+        "STATE_LEN": 1 if states is None else states.shape[2], "X_UNIT": by_rows, "OUT_UNIT": out_strides[1] == 1,
+        "STATES_UNIT": states is not None and states.stride(1) == 1, "ALL_INITIAL": call.all_initial,
+        "ZERO_NULL": call.zero_null, "PACKED": is_packed(weight), "SILU": call.silu,
+        "BLOCK_T": plan.BLOCK_T, "BLOCK_D": plan.BLOCK_D, "num_warps": plan.num_warps,
+    }  # fmt: skip
+    return Launch(_causal_conv1d_kernel, (programs,), values, constants)

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from tp_mamba.kernels.causal_conv1d.arguments import Convolution
+from tp_mamba.kernels.causal_conv1d.operator import convolve
 from tp_mamba.kernels.causal_conv1d.outputs import empty_rows, states_to_advance
 from tp_mamba.kernels.common.dispatch import use_triton
 from tp_mamba.kernels.common.gradients import refuse_second_derivative
@@ -47,15 +49,13 @@ def _functional(
     return_final_states: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, final_states)``; no elements in the second where it is not asked for."""
-    if use_triton(x):
-        from tp_mamba.kernels.causal_conv1d.any import launch as run
-    else:
-        from tp_mamba.kernels.causal_conv1d.cpu import causal_conv1d_cpu as run
     out, empty = _outputs(x, weight, query_start_loc, False)
     shape = _states_shape(x, weight, query_start_loc)
     states = states_to_advance(x, shape, initial_states, return_final_states)
     initial = initial_states is not None
-    run(out, x, weight, bias, silu, states, query_start_loc, None, None, initial, False, -1)
+    convolve(
+        Convolution(out, x, weight, bias, states, query_start_loc, None, None, silu, initial, pad_slot_id=-1)
+    )
     return out, states if return_final_states and states is not None else empty
 
 

@@ -13,29 +13,20 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from tp_mamba.kernels.causal_conv1d.arguments import Convolution
 from tp_mamba.kernels.common.dtypes import wide_dtype
 
 _BLOCK_ELEMENTS = 3 << 17  # of the output at a time: 1.5 MiB of float32
 
 
-def causal_conv1d_cpu(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    silu: bool,
-    states: torch.Tensor | None,
-    query_start_loc: torch.Tensor | None,
-    cache_indices: torch.Tensor | None,
-    has_initial_state: torch.Tensor | None,
-    all_initial: bool,
-    zero_null: bool,
-    pad_slot_id: int,
-) -> None:
-    """Same contract as ``any.launch``; float64 inside for float64 input, else float32."""
+def causal_conv1d_cpu(call: Convolution) -> None:
+    """What the call says; float64 inside for float64 input, else float32."""
+    x, out, weight, bias, silu = call.x, call.out, call.weight, call.bias, call.silu
+    pad_slot_id, zero_null = call.pad_slot_id, call.zero_null
+    query_start_loc, cache_indices = call.query_start_loc, call.cache_indices
     dtype = wide_dtype(x.dtype)
     filters = (weight.t().to(dtype), None if bias is None else bias.to(dtype), silu)
-    past = None if states is None else states.transpose(1, 2)
+    past = None if call.states is None else call.states.transpose(1, 2)
     x, out = x.transpose(-2, -1), out.transpose(-2, -1)
     sequences = x.shape[0] if query_start_loc is None else query_start_loc.shape[0] - 1
     slots = list(range(sequences)) if cache_indices is None else cache_indices.tolist()
@@ -51,7 +42,9 @@ def causal_conv1d_cpu(
         out[: starts[0]] = 0
         out[starts[-1] :] = 0
         pieces = [(x[start:stop], out[start:stop]) for start, stop in pairwise(starts)]
-    initial = [all_initial] * sequences if has_initial_state is None else has_initial_state.tolist()
+    initial = [call.all_initial] * sequences
+    if call.has_initial_state is not None:
+        initial = call.has_initial_state.tolist()
     for s, (x_LD, out_LD) in enumerate(pieces):
         if zero_null and not real[s]:
             out_LD.zero_()

@@ -18,9 +18,9 @@ import triton.language as tl
 from tp_mamba.kernels.causal_conv1d.launch import PER_THREAD, STEP
 from tp_mamba.kernels.causal_conv1d.taps import convolve, is_packed, load_taps
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
-from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.dialect import jit_by_type
 from tp_mamba.kernels.common.integers import cdiv
+from tp_mamba.kernels.common.launches import Launch, launcher
 
 
 @jit_by_type
@@ -94,29 +94,27 @@ def _step_kernel(
                 tl.store(p_state + k * state_stride_k, column, mask=inside & live)
 
 
-def serves(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, states: torch.Tensor) -> bool:
-    """Whether :func:`launch` takes ``x [B, D]`` or ``[B, D, 1]``: channels contiguous, states of K - 1 inputs."""
-    return (
-        (x.dim() == 2 or x.shape[2] == 1)
-        and states.shape[2] == weight.shape[1] - 1
-        and x.stride(1) == out.stride(1) == states.stride(1) == 1
-    )
-
-
+@launcher(tensors=6)
 def launch(
     out: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    silu: bool,
     states: torch.Tensor,
     slots: torch.Tensor | None,
+    silu: bool,
     pad_slot_id: int,
-) -> None:
-    """One token per row, from and into its slot; a row at ``pad_slot_id`` gives zeros. For what :func:`serves`."""
+) -> Launch | None:
+    """One token per row, from and into its slot; a row at ``pad_slot_id`` gives zeros.
+
+    For ``x [B, D]`` or ``[B, D, 1]``, channels contiguous everywhere, and states of K - 1 inputs.
+    """
     batch, channels, K = x.shape[0], x.shape[1], weight.shape[1]
+    one_token = x.dim() == 2 or x.shape[2] == 1
+    if not (one_token and states.shape[2] == K - 1 and x.stride(1) == out.stride(1) == states.stride(1) == 1):
+        return None
     if batch == 0 or channels == 0:
-        return
+        return None
     x_stride_b, out_stride_b = x.stride(0), out.stride(0)
     state_stride_s, _, state_stride_k = states.stride()
     if K == 2:
@@ -126,12 +124,13 @@ def launch(
         if tensor is not None and tensor.data_ptr() % (PER_THREAD * tensor.element_size()):
             whole_words = False
     per_thread, packed = (PER_THREAD, is_packed(weight)) if whole_words else (1, False)
-    with on_device_of(x):
-        _step_kernel[(cdiv(batch, STEP.BLOCK_B), cdiv(channels, STEP.BLOCK_D))](
-            out, x, weight, bias, states, slots,
-            batch, channels // per_thread, pad_slot_id, out_stride_b, x_stride_b, state_stride_s,
-            *weight.stride(), state_stride_k,
-            K=K, SILU=silu, HAS_BIAS=bias is not None, HAS_SLOTS=slots is not None, PACKED=packed,
-            PER_THREAD=per_thread, BLOCK_B=STEP.BLOCK_B, BLOCK_D=STEP.BLOCK_D, num_warps=STEP.num_warps,
-            **early_start(x.device),
-        )  # fmt: skip
+    values = (
+        batch, channels // per_thread, pad_slot_id, out_stride_b, x_stride_b, state_stride_s,
+        *weight.stride(), state_stride_k,
+    )  # fmt: skip
+    constants = {
+        "K": K, "SILU": silu, "HAS_BIAS": bias is not None, "HAS_SLOTS": slots is not None, "PACKED": packed,
+        "PER_THREAD": per_thread, "BLOCK_B": STEP.BLOCK_B, "BLOCK_D": STEP.BLOCK_D, "num_warps": STEP.num_warps,
+        **early_start(x.device),
+    }  # fmt: skip
+    return Launch(_step_kernel, (cdiv(batch, STEP.BLOCK_B), cdiv(channels, STEP.BLOCK_D)), values, constants)

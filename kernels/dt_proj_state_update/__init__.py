@@ -25,13 +25,12 @@ from tp_mamba.kernels.common.checks import (
     slot_column,
     without_gaps,
 )
-from tp_mamba.kernels.common.device import device_properties
 from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
 from tp_mamba.kernels.common.product_shapes import check_product
 from tp_mamba.kernels.common.remember import Key, forms, key_of, remembered
 from tp_mamba.kernels.common.static_operands import declare_static_operands
 from tp_mamba.kernels.common.step_shapes import check_step
-from tp_mamba.kernels.dt_proj_state_update.arguments import DtProjStateUpdate
+from tp_mamba.kernels.dt_proj_state_update.arguments import DtProjStateUpdate, tensors_of
 
 _OP = "dt_proj_state_update"
 _FLOATING = ("state", "x", "dt", "weight", "bias", "A", "B", "C", "D", "z", "out")
@@ -47,15 +46,10 @@ declare_static_operands("tp_mamba::dt_proj_state_update", "weight", "bias", "A",
 def _dt_proj_state_update(*arguments: Any) -> None:
     call = DtProjStateUpdate(*arguments)
     if use_triton(call.x):
-        from tp_mamba.kernels.dt_proj_state_update import launch, mixer
+        from tp_mamba.kernels.dt_proj_state_update.mixer import launch
 
-        strides = mixer.strides_if_served(call)
-        if strides is not None:
-            x = call.x
-            plan = launch.launch_plan(*x.shape, call.dt.shape[1], device_properties(x.device))
-            if plan is not None:
-                mixer.launch(call, strides, plan)
-                return
+        if launch(*tensors_of(call), call.pad_slot_id):
+            return
     from tp_mamba.kernels.dt_proj_state_update.any import in_two_steps
 
     in_two_steps(call)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,3 +25,9 @@ class DtProjStateUpdate(NamedTuple):
     """``[B]`` contiguous."""
     pad_slot_id: int
     out: torch.Tensor
+
+
+def tensors_of(call: DtProjStateUpdate) -> tuple[Any, ...]:
+    """The tensors of a call in the order in which the kernel takes them."""
+    state, x, dt, weight, bias, A, B, C, D, z, slots, _, out = call
+    return state, x, dt, weight, z, out, A, B, C, D, bias, slots

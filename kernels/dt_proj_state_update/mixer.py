@@ -16,24 +16,25 @@ from __future__ import annotations
 
 from typing import no_type_check
 
+import torch
 import triton
 import triton.language as tl
 
 from tp_mamba.kernels.common.alignment import strides_in_words
 from tp_mamba.kernels.common.approximations import LOG2_E, softplus_of_sum
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
-from tp_mamba.kernels.common.device import on_device_of
+from tp_mamba.kernels.common.device import device_properties
 from tp_mamba.kernels.common.dialect import add, jit_by_type
 from tp_mamba.kernels.common.dtypes import HALVES
+from tp_mamba.kernels.common.launches import Launch, launcher
 from tp_mamba.kernels.common.recurrence import token_of_states
-from tp_mamba.kernels.dt_proj_state_update.arguments import DtProjStateUpdate
 from tp_mamba.kernels.dt_proj_state_update.launch import (
     BLOCK_B,
     BLOCK_D,
     MAX_RANK,
     PER_THREAD,
     REGISTERS,
-    LaunchPlan,
+    launch_plan,
 )
 
 STATE_SIZES = (4, 8, 16)
@@ -213,18 +214,31 @@ def dt_proj_state_update_kernel(
             tl.store(p_state + n * state_stride_n, after[n].to(state_ptr.dtype.element_ty), mask=mask)
 
 
-def strides_if_served(call: DtProjStateUpdate) -> tuple[int, ...] | None:
-    """The strides that :func:`launch` passes on, or None where the kernel does not serve the call.
+@launcher(tensors=12)
+def launch(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    weight: torch.Tensor,
+    z: torch.Tensor | None,
+    out: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    slots: torch.Tensor | None,
+    pad_slot_id: int,
+) -> Launch | None:
+    """Launch the kernel where it serves the call, whose arguments these are.
 
     It wants 16-bit activations of one dtype, whole blocks of 32 channels, N of 4, 8 or 16, R of at most 256, contiguous
     channels of everything (of state and A too) and every row at a whole word: two channels, four states, eight of dt.
     """
-    state, x, dt, weight, bias, A, B, C, D, z = call[:10]
-    out, dtype = call.out, x.dtype
+    (batch, channels), n, rank, dtype = x.shape, A.shape[1], dt.shape[1], x.dtype
     if dtype not in HALVES or dt.dtype != dtype or out.dtype != dtype or (z is not None and z.dtype != dtype):
         return None
-    channels, n = A.shape
-    if n not in STATE_SIZES or channels % BLOCK_D or dt.shape[1] > MAX_RANK:
+    if n not in STATE_SIZES or channels % BLOCK_D or rank > MAX_RANK or batch == 0 or channels == 0:
         return None
     if (D is not None and D.stride(0) != 1) or (bias is not None and bias.stride(0) != 1):
         return None
@@ -235,23 +249,17 @@ def strides_if_served(call: DtProjStateUpdate) -> tuple[int, ...] | None:
     of_B, of_C = strides_in_words(B, 4), strides_in_words(C, 4)
     if not (of_state and of_A and of_x and of_out and of_z and of_dt and of_weight and of_B and of_C):
         return None
-    return (
+    plan = launch_plan(batch, channels, rank, device_properties(x.device))
+    if plan is None:
+        return None
+    strides = (
         of_state[0], of_x[0], of_dt[0], of_z[0], of_out[0], of_B[0], of_C[0], of_state[2], of_A[1], of_weight[0]
     )  # fmt: skip
-
-
-def launch(call: DtProjStateUpdate, strides: tuple[int, ...], plan: LaunchPlan) -> None:
-    """Launch the kernel for a call that it serves, with what :func:`strides_if_served` gave."""
-    state, x, dt, weight, bias, A, B, C, D, z, slots, pad_slot_id, out = call
-    batch = x.shape[0]
-    if batch == 0 or x.shape[1] == 0:
-        return
-    with on_device_of(x):
-        dt_proj_state_update_kernel[plan.grid](
-            state, x, dt, weight, z, out, A, B, C, D, bias, slots,
-            batch, -1 if slots is None else pad_slot_id, *strides,
-            N=A.shape[1], R=dt.shape[1], BLOCK_R=plan.block_r, BLOCK_B=BLOCK_B, BLOCKS=plan.blocks,
-            BLOCK_D=plan.block_d, PER_THREAD=PER_THREAD, HAS_D=D is not None, HAS_Z=z is not None,
-            HAS_BIAS=bias is not None, HAS_SLOTS=slots is not None, num_warps=plan.num_warps, maxnreg=REGISTERS,
-            enable_fp_fusion=False, **early_start(x.device),
-        )  # fmt: skip
+    constants = {
+        "N": n, "R": rank, "BLOCK_R": plan.block_r, "BLOCK_B": BLOCK_B, "BLOCKS": plan.blocks,
+        "BLOCK_D": plan.block_d, "PER_THREAD": PER_THREAD, "HAS_D": D is not None, "HAS_Z": z is not None,
+        "HAS_BIAS": bias is not None, "HAS_SLOTS": slots is not None, "num_warps": plan.num_warps,
+        "maxnreg": REGISTERS, "enable_fp_fusion": False, **early_start(x.device),
+    }  # fmt: skip
+    values = (batch, -1 if slots is None else pad_slot_id, *strides)
+    return Launch(dt_proj_state_update_kernel, plan.grid, values, constants)

@@ -20,9 +20,11 @@ from tp_mamba.kernels.common.dependent_launch import (
     let_next_start,
     wait_for_kernel_ahead,
 )
-from tp_mamba.kernels.common.device import device_properties, on_device_of
+from tp_mamba.kernels.common.device import device_properties
 from tp_mamba.kernels.common.dialect import tree_at, tree_of
 from tp_mamba.kernels.common.integers import cdiv, next_power_of_2
+from tp_mamba.kernels.common.launches import Launch, launcher
+from tp_mamba.kernels.common.remember import remembered
 from tp_mamba.kernels.linear.launch import LaunchPlan, launch_plan, slice_count, slice_width
 
 _SUM_BLOCK = 128
@@ -183,41 +185,47 @@ def launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, plan: Launc
     (M, k), out_size = x.shape, weight.shape[0]
     if M == 0 or out_size == 0:
         return
-    if plan is None:
-        plan = launch_plan(M, out_size, k, device_properties(x.device))
-    groups = cdiv(slice_count(out_size, k), plan.group)
+    groups = _groups(M, out_size, k, x.device, plan)
     if groups == 1:
         launch_product(out, x, weight, plan)
         return
     sums = torch.empty(groups, M, out_size, dtype=torch.float32, device=x.device)
     launch_product(sums, x, weight, plan)
-    with on_device_of(x):
-        _sum_kernel[(cdiv(M * out_size, _SUM_BLOCK),)](
-            out,
-            sums,
-            M * out_size,
-            groups,
-            next_power_of_2(groups),
-            BLOCK=_SUM_BLOCK,
-            **early_start(x.device),
-        )
+    _launch_sum(out, sums)
 
 
-def launch_product(sums: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, plan: LaunchPlan) -> None:
+@remembered
+def _groups(M: int, out_size: int, k: int, device: torch.device, plan: LaunchPlan | None) -> int:
+    """Partial sums per result."""
+    plan = plan or launch_plan(M, out_size, k, device_properties(device))
+    return cdiv(slice_count(out_size, k), plan.group)
+
+
+@launcher(tensors=3)
+def launch_product(
+    sums: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, plan: LaunchPlan | None
+) -> Launch | None:
     """Write to ``sums [groups, M, out]``, contiguous, the product over each group of ``plan.group`` slices of k.
 
     If there is one group, ``sums`` may be ``[M, out]`` and in the dtype of the result.
     """
     (M, k), out_size = x.shape, weight.shape[0]
+    plan = plan or launch_plan(M, out_size, k, device_properties(x.device))
     width = slice_width(out_size, k)
-    groups = cdiv(k, width * plan.group)
-    with on_device_of(x):
-        _product_kernel[(cdiv(out_size, plan.BLOCK_OUT), groups, cdiv(M, plan.BLOCK_M))](
-            sums, x, weight, M,
-            # The stride of a single row says nothing: it must not compile a kernel of its own.
-            k if M == 1 else x.stride(0), k if out_size == 1 else weight.stride(0),
-            out_size, k, width, plan.group,
-            BLOCK_M=plan.BLOCK_M, BLOCK_OUT=plan.BLOCK_OUT, BLOCK_K=plan.BLOCK_K,
-            IN_TURN=plan.in_turn, AHEAD=_COLUMNS_AHEAD if plan.in_turn else 0,
-            num_warps=plan.num_warps, num_stages=plan.num_stages, **early_start(x.device),
-        )  # fmt: skip
+    # The stride of a single row says nothing: it must not compile a kernel of its own.
+    strides = (k if M == 1 else x.stride(0), k if out_size == 1 else weight.stride(0))
+    options = {
+        "BLOCK_M": plan.BLOCK_M, "BLOCK_OUT": plan.BLOCK_OUT, "BLOCK_K": plan.BLOCK_K, "IN_TURN": plan.in_turn,
+        "AHEAD": _COLUMNS_AHEAD if plan.in_turn else 0, "num_warps": plan.num_warps, "num_stages": plan.num_stages,
+        **early_start(x.device),
+    }  # fmt: skip
+    grid = (cdiv(out_size, plan.BLOCK_OUT), cdiv(k, width * plan.group), cdiv(M, plan.BLOCK_M))
+    return Launch(_product_kernel, grid, (M, *strides, out_size, k, width, plan.group), options)
+
+
+@launcher(tensors=2)
+def _launch_sum(out: torch.Tensor, sums: torch.Tensor) -> Launch | None:
+    """Write the sum of ``sums [groups, M, out]`` over its groups to ``out [M, out]``; both are contiguous."""
+    size, groups = out.numel(), sums.shape[0]
+    options = {"BLOCK": _SUM_BLOCK, **early_start(out.device)}
+    return Launch(_sum_kernel, (cdiv(size, _SUM_BLOCK),), (size, groups, next_power_of_2(groups)), options)

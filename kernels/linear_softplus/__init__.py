@@ -14,6 +14,8 @@ a prompt may depend in their last bit on whether it is cut into pieces of at mos
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tp_mamba.kernels.common.checks import (
@@ -33,6 +35,7 @@ torch.library.define("tp_mamba::linear_softplus", "(Tensor x, Tensor weight, Ten
 
 
 def _linear_softplus(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    run: Callable[..., object]
     if use_triton(x):
         from tp_mamba.kernels.linear_softplus.any import launch as run
     else:

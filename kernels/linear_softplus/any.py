@@ -20,8 +20,9 @@ from tp_mamba.kernels.common.dependent_launch import (
     let_next_start,
     wait_for_kernel_ahead,
 )
-from tp_mamba.kernels.common.device import device_properties, on_device_of
+from tp_mamba.kernels.common.device import device_properties
 from tp_mamba.kernels.common.integers import cdiv
+from tp_mamba.kernels.common.launches import Launch, launcher
 from tp_mamba.kernels.linear_softplus.launch import launch_plan
 
 
@@ -130,11 +131,14 @@ def _tiled_kernel(
     )
 
 
-def launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+@launcher(tensors=4)
+def launch(
+    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> Launch | None:
     """Write ``softplus(x @ weight.T + bias)`` to ``out [T, D]``, contiguous; arguments as the op's."""
     (T, R), D = x.shape, weight.shape[0]
     if T == 0 or D == 0:
-        return
+        return None
     plan = launch_plan(T, D, R, x.dtype, device_properties(x.device))
     # The stride of a single row says nothing: it must not compile a kernel of its own.
     x_stride_t, x_stride_r = x.stride()
@@ -144,8 +148,6 @@ def launch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch
         **early_start(x.device),
     }  # fmt: skip
     grid = (cdiv(T, plan.BLOCK_T * plan.tiles), cdiv(D, plan.BLOCK_D))
-    with on_device_of(x):
-        if plan.streaming:
-            _streaming_kernel[grid](out, x, weight, bias, T, plan.tiles, *sizes, **options)
-        else:
-            _tiled_kernel[grid](out, x, weight, bias, T, *sizes, **options)
+    if plan.streaming:
+        return Launch(_streaming_kernel, grid, (T, plan.tiles, *sizes), options)
+    return Launch(_tiled_kernel, grid, (T, *sizes), options)

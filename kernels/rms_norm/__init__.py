@@ -10,6 +10,7 @@ sees ``x + r`` before it is rounded to the residual's dtype. Gradients: ``backwa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import overload
 
 import torch
@@ -29,6 +30,7 @@ def _run(
     residual_dtype: torch.dtype | None,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    run: Callable[..., object]
     if use_triton(x):
         from tp_mamba.kernels.rms_norm.any import launch as run
     else:

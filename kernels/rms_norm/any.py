@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
-from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.integers import cdiv
+from tp_mamba.kernels.common.launches import Launch, launcher
 from tp_mamba.kernels.rms_norm.launch import launch_plan
 
 
@@ -53,6 +53,7 @@ def _rms_norm_kernel(
     tl.store(out_ptr + t * H + h, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@launcher(tensors=5)
 def launch(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -60,19 +61,20 @@ def launch(
     new_residual: torch.Tensor | None,
     weight: torch.Tensor | None,
     eps: float,
-) -> None:
+) -> Launch | None:
     """Write the norm of ``x`` (+ ``residual``) ``[T, H]`` to ``out``, and that sum to ``new_residual``.
 
     ``out`` and ``new_residual`` are contiguous; ``residual`` and ``new_residual`` may be None.
     """
     T, H = x.shape
     if T == 0:
-        return
+        return None
     plan = launch_plan(H)
-    with on_device_of(x):
-        _rms_norm_kernel[(cdiv(T, plan.BLOCK_T),)](
-            out, x, residual, new_residual, weight, T, H, eps,
-            *x.stride(), *((0, 0) if residual is None else residual.stride()),
-            0 if weight is None else weight.stride(0),
-            BLOCK_T=plan.BLOCK_T, BLOCK_H=plan.BLOCK_H, num_warps=plan.num_warps, **early_start(x.device),
-        )  # fmt: skip
+    strides = (
+        *x.stride(),
+        *((0, 0) if residual is None else residual.stride()),
+        0 if weight is None else weight.stride(0),
+    )
+    constants = {"BLOCK_T": plan.BLOCK_T, "BLOCK_H": plan.BLOCK_H, **early_start(x.device)}
+    grid = (cdiv(T, plan.BLOCK_T),)
+    return Launch(_rms_norm_kernel, grid, (T, H, eps, *strides), constants | {"num_warps": plan.num_warps})

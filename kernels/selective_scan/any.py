@@ -9,19 +9,18 @@ not on the kernel, the launch, the batch or the cut that led to it.
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import triton
 import triton.language as tl
 
 from tp_mamba.kernels.common.approximations import LOG2_E
-from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.dialect import jit_by_type
+from tp_mamba.kernels.common.launches import Launch, launcher
 from tp_mamba.kernels.common.recurrence import ssm_token
-from tp_mamba.kernels.selective_scan.arguments import SelectiveScan
 from tp_mamba.kernels.selective_scan.launch import any_plan
 from tp_mamba.kernels.selective_scan.mixer import first_saved_row
-from tp_mamba.kernels.selective_scan.operands import Strides, flags_of, tensors_of
+from tp_mamba.kernels.selective_scan.operands import call_of, flags_of, strides_of
 
 
 @triton.jit
@@ -203,18 +202,23 @@ def _selective_scan_kernel(
         tl.store(last_ptr + (i_s * channels + d[None, :]) * N + n, h, mask=nd_mask)
 
 
-def launch(call: SelectiveScan, strides: Strides) -> None:
-    """Launch the kernel over (sequences, channel blocks)."""
-    channels, n = call.A.shape
+@launcher(tensors=15)
+def launch(*arguments: Any) -> Launch | None:
+    """Launch the kernel over (sequences, channel blocks) for the call that ``arguments_of`` gave these of."""
+    call = call_of(*arguments)
+    strides, (channels, n) = strides_of(call), call.A.shape
     sequences, groups = call.sequences, call.B.shape[-3]
     if sequences == 0 or channels == 0:
-        return
+        return None
     plan, packed = any_plan(sequences, channels, n), call.query_start_loc is not None
-    with on_device_of(call.u):
-        _selective_scan_kernel[plan.grid](
-            *tensors_of(call), 0 if packed else call.u.shape[-1], channels, channels // groups, call.pad_slot_id,
-            *strides.u, *strides.delta, *strides.z, *strides.out, *strides.A, *strides.B, *strides.C, *strides.rest,
-            call.save_states_every, N=n, BLOCK_N=plan.block_n, BLOCK_D=plan.block_d, STEPS=plan.steps,
-            TOKEN_MAJOR=strides.token_major, ONE_GROUP=groups == 1, num_warps=plan.num_warps, enable_fp_fusion=False,
-            **flags_of(call),
-        )  # fmt: skip
+    values = (
+        0 if packed else call.u.shape[-1], channels, channels // groups, call.pad_slot_id,
+        *strides.u, *strides.delta, *strides.z, *strides.out, *strides.A, *strides.B, *strides.C, *strides.rest,
+        call.save_states_every,
+    )  # fmt: skip
+    constants = {
+        "N": n, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d, "STEPS": plan.steps,
+        "TOKEN_MAJOR": strides.token_major, "ONE_GROUP": groups == 1, "num_warps": plan.num_warps,
+        "enable_fp_fusion": False, **flags_of(call),
+    }  # fmt: skip
+    return Launch(_selective_scan_kernel, plan.grid, values, constants)

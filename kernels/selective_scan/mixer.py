@@ -16,7 +16,7 @@ Bits are those of ``any.py``: the sum over states is cut and added in one order 
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -24,12 +24,12 @@ import triton.language as tl
 
 from tp_mamba.kernels.common.alignment import strides_in_words
 from tp_mamba.kernels.common.approximations import LOG2_E, silu, softplus
-from tp_mamba.kernels.common.device import device_properties, on_device_of
+from tp_mamba.kernels.common.device import device_properties
 from tp_mamba.kernels.common.dialect import add, jit_by_type
+from tp_mamba.kernels.common.launches import Launch, launcher
 from tp_mamba.kernels.common.recurrence import recur
-from tp_mamba.kernels.selective_scan.arguments import SelectiveScan
 from tp_mamba.kernels.selective_scan.launch import STATE_SIZES, mixer_plan
-from tp_mamba.kernels.selective_scan.operands import Strides, flags_of, tensors_of
+from tp_mamba.kernels.selective_scan.operands import call_of, flags_of, strides_of
 
 GROUPS_IN_FLIGHT = tl.constexpr(3)
 """Groups of tokens in registers: the present one and those that are being loaded."""
@@ -315,36 +315,35 @@ def selective_scan_tiles_kernel(
             tl.store(last_ptr + (i_s * channels + d) * N + n, h[i], mask=d_mask)
 
 
-def serves(call: SelectiveScan, strides: Strides) -> bool:
-    """Whether the kernel takes the call: contiguous channels, one group, N of 4, 8, 16 or 32, B and C in fours."""
+@launcher(tensors=15)
+def launch(*arguments: Any) -> Launch | None:
+    """Launch the kernel over (sequences, channel blocks) where it serves the call that ``arguments_of`` gave these of.
+
+    It wants contiguous channels, one group, N of 4, 8, 16 or 32, and B and C in whole words of four.
+    """
+    call = call_of(*arguments)
+    strides, (channels, n), sequences = strides_of(call), call.A.shape, call.sequences
     B, C = call.B, call.C
-    return (
-        strides.token_major
-        and B.shape[-3] == 1
-        and call.A.shape[1] in STATE_SIZES
-        and _aligned(4 * B.element_size(), B)
-        and _aligned(4 * C.element_size(), C)
-    )
-
-
-def launch(call: SelectiveScan, strides: Strides) -> None:
-    """Launch the kernel over (sequences, channel blocks) for a call that it serves."""
-    (channels, n), sequences = call.A.shape, call.sequences
+    served = strides.token_major and B.shape[-3] == 1 and n in STATE_SIZES
+    if not (served and _aligned(4 * B.element_size(), B) and _aligned(4 * C.element_size(), C)):
+        return None
     if sequences == 0 or channels == 0:
-        return
+        return None
     every = None if call.saved_states is None else call.save_states_every
     plan = mixer_plan(sequences, channels, n, call.delta_softplus, every, device_properties(call.u.device))
     by_token = strides[:4]
-    in_rows = [x for x in (call.u, call.delta, call.z, call.out, call.B, call.C) if x is not None]
-    with on_device_of(call.u):
-        selective_scan_tiles_kernel[plan.grid](
-            *tensors_of(call), 0 if call.query_start_loc is not None else call.u.shape[-1], channels, call.pad_slot_id,
-            *(of_x[0] for of_x in by_token), *strides.A, strides.B[0], strides.C[0], *strides.rest,
-            call.save_states_every, *(of_x[1] for of_x in by_token), strides.B[1], strides.C[1],
-            ALIGNED=all(_aligned(16, x) for x in in_rows), N=n, LANES=plan.lanes, BLOCK_D=plan.block_d,
-            EVEN_D=channels % plan.block_d == 0, STEPS=plan.steps, num_warps=plan.num_warps, enable_fp_fusion=False,
-            **flags_of(call),
-        )  # fmt: skip
+    in_rows = [x for x in (call.u, call.delta, call.z, call.out, B, C) if x is not None]
+    values = (
+        0 if call.query_start_loc is not None else call.u.shape[-1], channels, call.pad_slot_id,
+        *(of_x[0] for of_x in by_token), *strides.A, strides.B[0], strides.C[0], *strides.rest,
+        call.save_states_every, *(of_x[1] for of_x in by_token), strides.B[1], strides.C[1],
+    )  # fmt: skip
+    constants = {
+        "ALIGNED": all(_aligned(16, x) for x in in_rows), "N": n, "LANES": plan.lanes, "BLOCK_D": plan.block_d,
+        "EVEN_D": channels % plan.block_d == 0, "STEPS": plan.steps, "num_warps": plan.num_warps,
+        "enable_fp_fusion": False, **flags_of(call),
+    }  # fmt: skip
+    return Launch(selective_scan_tiles_kernel, plan.grid, values, constants)
 
 
 def _aligned(size: int, x: torch.Tensor) -> bool:

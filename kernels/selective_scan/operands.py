@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -65,12 +65,21 @@ def _by_group(x: torch.Tensor, packed: bool) -> tuple[int, int, int, int]:
     return (0 if packed else sequence[0]), token, group, state
 
 
-def tensors_of(call: SelectiveScan) -> tuple[torch.Tensor | None, ...]:
-    """The tensors of a call in the order in which both kernels take them."""
+def arguments_of(call: SelectiveScan) -> tuple[Any, ...]:
+    """The tensors of a call in the order in which both kernels take them, and what else it says."""
     return (
         call.u, call.delta, call.z, call.out, call.A, call.B, call.C, call.D, call.delta_bias, call.ssm_states,
         call.last_state, call.saved_states, call.query_start_loc, call.cache_indices, call.has_initial_state,
+        call.delta_softplus, call.pad_slot_id, call.save_states_every,
     )  # fmt: skip
+
+
+def call_of(*arguments: Any) -> SelectiveScan:
+    """The call that :func:`arguments_of` gave these of."""
+    u, delta, z, out, A, B, C, D, bias, states, last, saved, starts, slots, initial, *rest = arguments
+    softplus, pad_slot_id, every = rest
+    recurrence = (u, delta, A, B, C, D, z, bias, softplus)
+    return SelectiveScan(*recurrence, starts, slots, initial, states, last, pad_slot_id, out, saved, every)
 
 
 def flags_of(call: SelectiveScan) -> dict[str, bool]:

@@ -8,7 +8,7 @@ import torch
 
 from tp_mamba.kernels.common.dispatch import use_triton
 from tp_mamba.kernels.selective_scan.arguments import SelectiveScan
-from tp_mamba.kernels.selective_scan.operands import strides_of
+from tp_mamba.kernels.selective_scan.operands import arguments_of
 
 torch.library.define(
     "tp_mamba::selective_scan",
@@ -30,9 +30,9 @@ def selective_scan_in_place(*arguments: Any) -> None:
     from tp_mamba.kernels.selective_scan import any as any_layout
     from tp_mamba.kernels.selective_scan import mixer
 
-    strides = strides_of(call)
-    kernel = mixer if mixer.serves(call, strides) else any_layout
-    kernel.launch(call, strides)
+    in_order = arguments_of(call)
+    if not mixer.launch(*in_order):
+        any_layout.launch(*in_order)
 
 
 torch.library.impl("tp_mamba::selective_scan", ("cpu", "cuda"), selective_scan_in_place)

@@ -33,7 +33,7 @@ from tp_mamba.kernels.common.remember import Key, forms, key_of, remembered
 from tp_mamba.kernels.common.static_operands import declare_static_operands
 from tp_mamba.kernels.common.step_shapes import check_step
 from tp_mamba.kernels.selective_scan import selective_scan_fn
-from tp_mamba.kernels.selective_state_update.arguments import StateUpdate
+from tp_mamba.kernels.selective_state_update.arguments import StateUpdate, tensors_of
 
 _OP = "selective_state_update"
 _FLOATING = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "out")
@@ -46,8 +46,8 @@ torch.library.define(
 declare_static_operands("tp_mamba::selective_state_update", "A", "D", "dt_bias", "state_batch_indices")
 
 
-def _selective_state_update(*arguments: Any) -> None:
-    call = StateUpdate(*arguments)
+def _selective_state_update(*given: Any) -> None:
+    call = StateUpdate(*given)
     if not use_triton(call.x):
         from tp_mamba.kernels.selective_state_update.cpu import selective_state_update_cpu
 
@@ -56,11 +56,9 @@ def _selective_state_update(*arguments: Any) -> None:
     from tp_mamba.kernels.selective_state_update import any as any_layout
     from tp_mamba.kernels.selective_state_update import mixer
 
-    strides = mixer.strides_if_served(call)
-    if strides is not None:
-        mixer.launch(call, strides)
-    else:
-        any_layout.launch(call)
+    arguments = (*tensors_of(call), call.dt_softplus, call.pad_slot_id)
+    if not mixer.launch(*arguments):
+        any_layout.launch(*arguments)
 
 
 torch.library.impl("tp_mamba::selective_state_update", ("cpu", "cuda"), _selective_state_update)

@@ -12,10 +12,9 @@ import torch
 import triton.language as tl
 
 from tp_mamba.kernels.common.approximations import LOG2_E
-from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.dialect import jit_by_type
+from tp_mamba.kernels.common.launches import Launch, launcher
 from tp_mamba.kernels.common.recurrence import ssm_token
-from tp_mamba.kernels.selective_state_update.arguments import StateUpdate
 from tp_mamba.kernels.selective_state_update.launch import any_plan
 
 
@@ -113,27 +112,43 @@ def _selective_state_update_kernel(
     tl.store(state_ptr, h.to(state_ptr.dtype.element_ty), mask=nd_mask & live)
 
 
-def launch(call: StateUpdate) -> None:
-    """Launch the kernel."""
-    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots, pad_slot_id, out = call
+@launcher(tensors=11)
+def launch(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    z: torch.Tensor | None,
+    out: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    slots: torch.Tensor | None,
+    dt_softplus: bool,
+    pad_slot_id: int,
+) -> Launch | None:
+    """Launch the kernel for a call, whose arguments these are."""
     batch = x.shape[0]
     heads = x.shape[1] if x.dim() == 3 else 1
     channels, n = A.shape[-2:]
     groups = B.shape[1] if B.dim() == 3 else 1
     if batch == 0 or channels == 0 or heads == 0:
-        return
+        return None
     plan = any_plan(batch, heads, channels, n)
     of_x, of_dt, of_z, of_out = (_strides(y, 1, 3) for y in (x, dt, z, out))
-    with on_device_of(x):
-        _selective_state_update_kernel[plan.grid](
-            state, x, dt, z, out, A, B, C, D, dt_bias, slots, channels, heads * channels // groups, pad_slot_id,
-            *_strides(state, 1, 4), *of_x, *of_dt, *of_z, *of_out,
-            *_strides(A, 0, 3), *_strides(B, 1, 3), *_strides(C, 1, 3), *_strides(D, 0, 2), *_strides(dt_bias, 0, 2),
-            N=n, BLOCK_N=plan.block_n, BLOCK_D=plan.block_d,
-            TOKEN_MAJOR=of_x[2] == of_dt[2] == of_z[2] == of_out[2] == 1, ONE_GROUP=groups == 1,
-            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus,
-            HAS_SLOTS=slots is not None, num_warps=plan.num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    strides = (
+        *_strides(state, 1, 4), *of_x, *of_dt, *of_z, *of_out,
+        *_strides(A, 0, 3), *_strides(B, 1, 3), *_strides(C, 1, 3), *_strides(D, 0, 2), *_strides(dt_bias, 0, 2),
+    )  # fmt: skip
+    constants = {
+        "N": n, "BLOCK_N": plan.block_n, "BLOCK_D": plan.block_d,
+        "TOKEN_MAJOR": of_x[2] == of_dt[2] == of_z[2] == of_out[2] == 1, "ONE_GROUP": groups == 1,
+        "HAS_D": D is not None, "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "SOFTPLUS": dt_softplus,
+        "HAS_SLOTS": slots is not None, "num_warps": plan.num_warps, "enable_fp_fusion": False,
+    }  # fmt: skip
+    values = (channels, heads * channels // groups, pad_slot_id, *strides)
+    return Launch(_selective_state_update_kernel, plan.grid, values, constants)
 
 
 def _strides(x: torch.Tensor | None, head_dim: int, dims: int) -> tuple[int, ...]:

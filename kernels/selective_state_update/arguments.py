@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,3 +24,9 @@ class StateUpdate(NamedTuple):
     """``[B]`` contiguous."""
     pad_slot_id: int
     out: torch.Tensor
+
+
+def tensors_of(call: StateUpdate) -> tuple[Any, ...]:
+    """The tensors of a call in the order in which both kernels take them."""
+    state, x, dt, A, B, C, D, z, dt_bias, _, slots, _, out = call
+    return state, x, dt, z, out, A, B, C, D, dt_bias, slots

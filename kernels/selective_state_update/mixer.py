@@ -20,16 +20,16 @@ from __future__ import annotations
 
 from typing import no_type_check
 
+import torch
 import triton
 import triton.language as tl
 
 from tp_mamba.kernels.common.alignment import strides_in_words
 from tp_mamba.kernels.common.approximations import LOG2_E, silu, softplus
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
-from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.dialect import add, jit_by_type
+from tp_mamba.kernels.common.launches import Launch, launcher
 from tp_mamba.kernels.common.recurrence import recur
-from tp_mamba.kernels.selective_state_update.arguments import StateUpdate
 from tp_mamba.kernels.selective_state_update.launch import PER_THREAD, mixer_plan
 
 STATE_SIZES = (4, 8, 16, 32)
@@ -163,43 +163,48 @@ def state_update_rows_kernel(
     tl.store(p_out, tl.where(live, y, 0.0).to(out_ptr.dtype.element_ty), mask=d_mask & (lane == 0))
 
 
-def strides_if_served(call: StateUpdate) -> tuple[int, ...] | None:
-    """The strides that :func:`launch` passes on, or None where the kernel does not serve the call.
+@launcher(tensors=11)
+def launch(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    z: torch.Tensor | None,
+    out: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    slots: torch.Tensor | None,
+    dt_softplus: bool,
+    pad_slot_id: int,
+) -> Launch | None:
+    """Launch the kernel where it serves the call, whose arguments these are.
 
     It wants no heads, one group, N of 4, 8, 16 or 32, contiguous channels of everything (of state and A too), B and C
     with contiguous states, and every row at a whole word: four channels, four states.
     """
-    state, x, dt, A, B, C, D, z, dt_bias = call[:9]
     if x.dim() != 2 or (B.dim() == 3 and B.shape[1] != 1):
         return None
-    channels, n = A.shape
-    if n not in STATE_SIZES or channels % PER_THREAD:
+    (channels, n), batch = A.shape, x.shape[0]
+    if n not in STATE_SIZES or channels % PER_THREAD or batch == 0 or channels == 0:
         return None
     if (D is not None and D.stride(0) != 1) or (dt_bias is not None and dt_bias.stride(0) != 1):
         return None
     of_state, of_A = strides_in_words(state, PER_THREAD, -2), strides_in_words(A, PER_THREAD, -2)
     of_x, of_dt = strides_in_words(x, PER_THREAD), strides_in_words(dt, PER_THREAD)
     of_z = (0,) if z is None else strides_in_words(z, PER_THREAD)
-    of_out = strides_in_words(call.out, PER_THREAD)
+    of_out = strides_in_words(out, PER_THREAD)
     of_B, of_C = strides_in_words(B, 4), strides_in_words(C, 4)
     if not (of_state and of_A and of_x and of_dt and of_z and of_out and of_B and of_C):
         return None
-    return of_state[0], of_x[0], of_dt[0], of_z[0], of_out[0], of_B[0], of_C[0], of_state[2], of_A[1]
-
-
-def launch(call: StateUpdate, strides: tuple[int, ...]) -> None:
-    """Launch the kernel for a call that it serves, with what :func:`strides_if_served` gave."""
-    state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots, pad_slot_id, out = call
-    batch, channels = x.shape
-    if batch == 0 or channels == 0:
-        return
-    n = A.shape[1]
     plan = mixer_plan(batch, channels, n)
-    with on_device_of(x):
-        state_update_rows_kernel[plan.grid](
-            state, x, dt, z, out, A, B, C, D, dt_bias, slots,
-            0, pad_slot_id if slots is not None else -1, *strides,
-            CHANNELS=channels, N=n, BLOCK_D=plan.block_d, PER_THREAD=PER_THREAD, WARPS=plan.num_warps,
-            HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus,
-            HAS_SLOTS=slots is not None, num_warps=plan.num_warps, enable_fp_fusion=False, **early_start(x.device),
-        )  # fmt: skip
+    strides = (of_state[0], of_x[0], of_dt[0], of_z[0], of_out[0], of_B[0], of_C[0], of_state[2], of_A[1])
+    constants = {
+        "CHANNELS": channels, "N": n, "BLOCK_D": plan.block_d, "PER_THREAD": PER_THREAD, "WARPS": plan.num_warps,
+        "HAS_D": D is not None, "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "SOFTPLUS": dt_softplus,
+        "HAS_SLOTS": slots is not None, "num_warps": plan.num_warps, "enable_fp_fusion": False,
+        **early_start(x.device),
+    }  # fmt: skip
+    values = (0, pad_slot_id if slots is not None else -1, *strides)
+    return Launch(state_update_rows_kernel, plan.grid, values, constants)

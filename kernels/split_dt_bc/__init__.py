@@ -13,6 +13,8 @@ Bits: on a GPU a row's bits depend neither on the other rows nor on whether x co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tp_mamba.kernels.common.checks import (
@@ -51,10 +53,13 @@ def _split_dt_bc(
     eps: float | None,
     dt_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    run: Callable[..., object]
     if use_triton(x):
         from tp_mamba.kernels.split_dt_bc.any import launch as run
     else:
         from tp_mamba.kernels.split_dt_bc.cpu import split_dt_bc_cpu as run
+    if x.dim() == 3:
+        x = x.contiguous()
     T, device = x.shape[-2], x.device
     dt = torch.empty(T, time_step_rank, dtype=dt_dtype, device=device)
     bc = torch.empty(T, 2 * state_size, dtype=wide_dtype(x.dtype), device=device)

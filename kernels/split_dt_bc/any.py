@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.common.dependent_launch import early_start, let_next_start, wait_for_kernel_ahead
-from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.dialect import tree_at
 from tp_mamba.kernels.common.integers import cdiv, next_power_of_2
+from tp_mamba.kernels.common.launches import Launch, launcher
 from tp_mamba.kernels.split_dt_bc.launch import launch_plan
 
 
@@ -83,6 +83,7 @@ def _split_kernel(
     tl.store(bc_ptr + (2 * first_t + row) * N + n, bc, mask=bc_mask)
 
 
+@launcher(tensors=6)
 def launch(
     dt: torch.Tensor,
     bc: torch.Tensor,
@@ -91,25 +92,20 @@ def launch(
     b_weight: torch.Tensor | None,
     c_weight: torch.Tensor | None,
     eps: float | None,
-) -> None:
+) -> Launch | None:
     """Write ``dt [T, R]`` and ``bc [T, 2 N]``, both contiguous, from ``x``; weights are contiguous.
 
-    ``x`` is ``[T, R + 2 N]``, or ``[slices, T, R + 2 N]`` to be added up in an aligned binary tree.
+    ``x`` is ``[T, R + 2 N]``, or ``[slices, T, R + 2 N]``, contiguous, to be added up in an aligned binary tree.
     """
     (T, R), N = dt.shape, bc.shape[1] // 2
     if T == 0:
-        return
-    count, in_slices = 1, x.dim() == 3
-    if in_slices:
-        x = x.contiguous()
-        count = x.shape[0]
+        return None
+    in_slices = x.dim() == 3
+    count = x.shape[0] if in_slices else 1
     plan = launch_plan(R, N, in_slices, dt.dtype)
     # The stride of a single row says nothing: it must not compile a kernel of its own.
     x_stride_t = R + 2 * N if T == 1 else x.stride(-2)
-    with on_device_of(x):
-        _split_kernel[(cdiv(T, plan.BLOCK_T),)](
-            dt, bc, x, dt_weight, b_weight, c_weight, T, eps,
-            x_stride_t, x.stride(-1), R, N, count, next_power_of_2(count),
-            BLOCK_T=plan.BLOCK_T, BLOCK_R=plan.BLOCK_R, BLOCK_N=plan.BLOCK_N, num_warps=plan.num_warps,
-            **early_start(x.device),
-        )  # fmt: skip
+    values = (T, eps, x_stride_t, x.stride(-1), R, N, count, next_power_of_2(count))
+    blocks = {"BLOCK_T": plan.BLOCK_T, "BLOCK_R": plan.BLOCK_R, "BLOCK_N": plan.BLOCK_N}
+    options = {"num_warps": plan.num_warps, **early_start(x.device)}
+    return Launch(_split_kernel, (cdiv(T, plan.BLOCK_T),), values, blocks | options)

@@ -301,10 +301,10 @@ def test_operators_pass_opcheck() -> None:
     states, starts = torch.randn(3, 6, 3), torch.tensor([0, 4, 9], dtype=torch.int32)
     slots, initial = torch.tensor([2, 0], dtype=torch.int32), torch.tensor([True, False])
     forward = torch.ops.tp_mamba.causal_conv1d.default
-    arguments: tuple[Any, ...] = (weight, bias, True, states, starts, slots, initial, False, -1)
+    arguments: tuple[Any, ...] = (weight, bias, states, starts, slots, initial, True, False, -1)
     torch.library.opcheck(forward, (torch.empty(6, 9), x, *arguments))
     dense = torch.randn(2, 6, 9)
-    arguments = (weight, None, False, None, None, None, None, False, -1)
+    arguments = (weight, None, None, None, None, None, False, False, -1)
     torch.library.opcheck(forward, (torch.empty_like(dense), dense, *arguments))
     update = torch.ops.tp_mamba.causal_conv1d_update.default
     step = torch.randn(2, 6, 1)

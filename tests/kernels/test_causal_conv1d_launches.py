@@ -63,7 +63,7 @@ def record(
     packed = {"query_start_loc": starts_of(lengths, "cpu"), "cache_indices": slots, "conv_states": states}
     with monkeypatch.context() as patch:
         patch.setattr(module, "_causal_conv1d_kernel", launches)
-        patch.setattr("tp_mamba.kernels.causal_conv1d.use_triton", lambda x: True)
+        patch.setattr("tp_mamba.kernels.causal_conv1d.operator.use_triton", lambda x: True)
         if dense:
             causal_conv1d_fn(x[None], weight, bias, activation="silu")
         else:

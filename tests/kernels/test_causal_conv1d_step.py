@@ -60,11 +60,16 @@ def update(
 
     states = inputs["conv_state"].mT.clone().mT
     out = poison(torch.empty(inputs["x"].shape, dtype=inputs["x"].dtype, device=inputs["x"].device))
-    launch = mock.Mock(side_effect=module.launch)
-    serves = module.serves if step else lambda *_: False
-    with mock.patch.multiple(module, launch=launch, serves=serves):
+    launched: list[bool] = []
+    original = module.launch
+
+    def launch(*arguments: Any) -> bool:
+        launched.append(step and original(*arguments))
+        return launched[-1]
+
+    with mock.patch.object(module, "launch", launch):
         causal_conv1d_update(**(inputs | {"conv_state": states}), activation=activation, out=out)
-    assert launch.call_count == step
+    assert launched == [step]
     return out, states
 
 
@@ -140,7 +145,7 @@ def record(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Any], *, pdl: bool
         patch.setattr(step, "_step_kernel", launches["_step_kernel"])
         patch.setattr(general, "_causal_conv1d_kernel", launches["_causal_conv1d_kernel"])
         patch.setattr(step, "early_start", lambda device: early)
-        patch.setattr("tp_mamba.kernels.causal_conv1d.use_triton", lambda x: True)
+        patch.setattr("tp_mamba.kernels.causal_conv1d.operator.use_triton", lambda x: True)
         function = causal_conv1d_update if "conv_state" in inputs else causal_conv1d_fn
         function(**inputs, activation="silu")
     (launched,) = (name for name in kernels if launches[name].calls)

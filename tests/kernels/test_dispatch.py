@@ -26,7 +26,10 @@ def test_float64_never_goes_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_op_is_called_directly_where_nobody_looks_on() -> None:
     x = torch.zeros(2)
-    assert calls_directly(x, None, torch.nn.Parameter(x))
+    assert calls_directly(x, None, torch.nn.Parameter(x, requires_grad=False))
+    with torch.no_grad():
+        assert calls_directly(x, torch.nn.Parameter(x))
+    assert not calls_directly(x, torch.nn.Parameter(x))  # autograd looks on
     assert not calls_directly(x.to("meta"))  # only the registered op knows shapes without values
     assert not calls_directly(x, torch.nn.Buffer(x).as_subclass(type("Marked", (torch.Tensor,), {})))
 
@@ -46,7 +49,7 @@ def test_a_tensor_without_data_goes_through_the_op() -> None:
 def test_whoever_is_to_see_an_op_sees_it() -> None:
     """In eager an op is called as a function; a dispatch mode, a tracer and subclasses of Tensor get the op itself."""
     x, residual = torch.randn(3, 8), torch.randn(3, 8)
-    assert calls_directly(x, None, torch.nn.Parameter(residual))
+    assert calls_directly(x, None, torch.nn.Parameter(residual, requires_grad=False))
     traced = make_fx(lambda x, r: add_rms_norm(x, r, None))(x, residual)
     assert "tp_mamba.add_rms_norm" in traced.code
     with FakeTensorMode() as mode:

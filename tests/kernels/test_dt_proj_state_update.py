@@ -101,10 +101,17 @@ def in_one(inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def noted_launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows with every call that the fused kernel serves."""
     launches: list[Any] = []
     fused = fused_module()
     original = fused.launch
-    monkeypatch.setattr(fused, "launch", lambda *args: (launches.append(args), original(*args)))
+
+    def launch(*args: Any) -> bool:
+        served: bool = original(*args)
+        launches.extend([args] * served)
+        return served
+
+    monkeypatch.setattr(fused, "launch", launch)
     return launches
 
 
@@ -118,7 +125,9 @@ def test_bits_are_those_of_the_two_calls(
     if inputs["x"].shape[1] % channels:
         pytest.skip("the launcher takes 32 then")
     monkeypatch.setattr(
-        launch, "launch_plan", lambda batch, D, R, device: launch.plan_of(batch, D, R, blocks, channels)
+        fused_module(),
+        "launch_plan",
+        lambda batch, D, R, device: launch.plan_of(batch, D, R, blocks, channels),
     )
     out, state = run(in_one, inputs, device)
     assert len(launches) == 1
@@ -188,7 +197,7 @@ def test_other_calls_run_the_two_kernels(
     inputs = make(9, channels, change.get("n", 16), 24, change.get("dtype", torch.bfloat16))
     inputs |= {name: x for name, x in change.items() if name in inputs}
     if "many" in change:
-        monkeypatch.setattr(launch, "launch_plan", lambda *sizes: None)
+        monkeypatch.setattr(fused_module(), "launch_plan", lambda *sizes: None)
     launches = noted_launches(monkeypatch)
     results = zip(run(in_one, inputs, device), run(separately, inputs, device), strict=True)
     assert all(torch.equal(actual, expected) for actual, expected in results)

@@ -16,7 +16,7 @@ from tp_mamba.kernels.common.device import DeviceProperties
 from tp_mamba.kernels.selective_scan import selective_scan_fn
 from tp_mamba.kernels.selective_scan.arguments import SelectiveScan
 from tp_mamba.kernels.selective_scan.launch import LaunchPlan, mixer_plan
-from tp_mamba.kernels.selective_scan.operands import strides_of
+from tp_mamba.kernels.selective_scan.operands import arguments_of
 
 H100 = DeviceProperties(sm_count=132, shared_bytes_per_sm=228 * 1024)
 
@@ -59,9 +59,7 @@ def compile_launch(
         torch.zeros(D), x[:, D:].t(), torch.zeros(D) if softplus else None, softplus,
         start, start[:1], start[:1] > 0, torch.zeros(1, N, D).mT, None, -1, x[:, :D].t(),
     )  # fmt: skip
-    strides = strides_of(call)
-    assert mixer.serves(call, strides)
-    mixer.launch(call, strides)
+    assert mixer.launch(*arguments_of(call))
     return compile_for_hopper(kernel, recorded.calls[0]), plan
 
 
