@@ -126,7 +126,7 @@ class MambaMixer(TimeSteps):
         asked = dtype or getattr(model_config, "dtype", None) or torch.get_default_dtype()
         dtype = resolve_dtype(asked, None, f"{name}: dtype")
         self.dtype = resolve_compute_dtype(compute_dtype, dtype, f"{name}: compute_dtype")
-        self._cache_config = cache_config
+        self.cache_config = cache_config
         self.get_state_dtype()  # refuses what it names
 
         D, N, R = intermediate_size, ssm_state_size, time_step_rank
@@ -311,8 +311,7 @@ class MambaMixer(TimeSteps):
     def get_state_dtype(self) -> tuple[torch.dtype, torch.dtype]:
         """The dtypes of ``(conv_state, ssm_state)``: by default the model's, and float32."""
         asked = [
-            getattr(self._cache_config, f"mamba_{part}", "auto")
-            for part in ("cache_dtype", "ssm_cache_dtype")
+            getattr(self.cache_config, f"mamba_{part}", "auto") for part in ("cache_dtype", "ssm_cache_dtype")
         ]
         return (
             resolve_dtype(asked[0], self.dtype, "mamba_cache_dtype"),

@@ -30,11 +30,11 @@ class CacheConfig:
     mamba_ssm_cache_dtype: torch.dtype | str = "auto"
     """Dtype of the SSM state; ``"auto"`` is float32 (float64 in a float64 model)."""
 
-    mamba_block_size: int | None = None
-    """Number of tokens between states kept for reuse by later prompts. Not available yet: leave None."""
-
     enable_prefix_caching: bool = False
-    """Whether such states are kept. Not available yet: leave False."""
+    """Whether an engine keeps states for later prompts that begin alike."""
+
+    mamba_block_size: int | None = None
+    """Prompt tokens between two such states, beside those where prompts end or part; None: the engine's default."""
 
 
 def resolve_compute_dtype(value: torch.dtype | str | None, held: torch.dtype, what: str) -> torch.dtype:

@@ -36,6 +36,10 @@ class ToyCache:
         self.used.remove(slot)
         self.states[slot] = torch.nan
 
+    def copy(self, source: int, target: int) -> None:
+        assert {source, target} <= self.used
+        self.states[target] = self.states[source]
+
 
 class ToyModel:
     """Serves as a :class:`tp_mamba.engine.model.Model`, with what tests look at beside it."""

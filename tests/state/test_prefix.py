@@ -59,10 +59,11 @@ def test_ten_thousand_random_prompts_hit_what_a_dictionary_would(capacity: int) 
         if draw.random() < 0.5:
             fitting = [known for known in kept if len(known) < len(tokens) and tokens[: len(known)] == known]
             best = max(fitting, key=len, default=None)
-            hit = prefixes.longest(tokens)
+            hit = draw.choice((prefixes.use, prefixes.longest))(tokens)
             assert (best is None) == (hit is None)
             if best is not None:
                 assert (hit.count, cache.states[hit.slot]) == (len(best), best)
+                assert prefixes.use(tokens) == hit
                 kept[best] = kept.pop(best)
         else:
             kept.pop(tokens, None)
@@ -83,7 +84,7 @@ def test_the_last_token_of_a_prompt_is_always_computed() -> None:
     prefixes = PrefixCache(cache, 2)
     _put(prefixes, cache, (1, 2, 3))
     assert prefixes.longest((1, 2, 3)) is None
-    assert prefixes.longest((1, 2, 3, 4)).count == 3
+    assert prefixes.use((1, 2, 3, 4)).count == 3
     assert (prefixes.hits, prefixes.hit_tokens) == (1, 3)
 
 

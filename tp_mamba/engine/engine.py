@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections import deque
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -16,17 +18,31 @@ from tokenizers import Tokenizer
 from tp_mamba.engine.graphs import CaptureReport, CudaCapture
 from tp_mamba.engine.intake import RequestBuilder, checked_limit
 from tp_mamba.engine.ladder import Ladder
-from tp_mamba.engine.memory import MEMORY_FRACTION, ClampedWarning, Needs, agree_on_limits, checked_fraction
+from tp_mamba.engine.memory import (
+    MEMORY_FRACTION,
+    ClampedWarning,
+    Limits,
+    Needs,
+    agree_on_limits,
+    checked_fraction,
+)
 from tp_mamba.engine.model import Cache, Model
 from tp_mamba.engine.params import SamplingParams, integer, with_options
 from tp_mamba.engine.request import Request, TokenEvent
+from tp_mamba.engine.reuse import PrefixReuse
 from tp_mamba.engine.runner import Runner
 from tp_mamba.engine.sampler import NOT_FINITE, Sampler
 from tp_mamba.engine.scheduler import Schedule, Scheduler
+from tp_mamba.options import CacheConfig
 from tp_mamba.parallel.turns import hold
+from tp_mamba.state.prefix import PrefixCache
+from tp_mamba.state.prefix_files import load_prefixes, save_prefixes
 
 MAX_BATCH_SIZE = 256
 """Sequences at a time, unless another number is asked for; fewer where memory is short."""
+
+MAX_SNAPSHOTS = 64
+"""States kept for prompts to come, with prefix caching; fewer where memory is short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +88,7 @@ class Engine:
         eager: bool = False,
         overlap: bool | None = None,
         check_steps: bool = False,
+        cache_config: CacheConfig | None = None,
     ) -> None:
         """Check the arguments; memory is taken by :meth:`start`.
 
@@ -89,6 +106,8 @@ class Engine:
                 By default on a GPU.
             check_steps: for debugging: compare every index of a step with the requests it is for, and what lies in the
                 device's buffer with what may, before the step runs. It waits for the device in every step.
+            cache_config: whether states are kept for prompts that begin alike, and how many tokens lie between two of
+                them; by default what the model was made with.
 
         Raises:
             ValueError: a limit that is no integer or below 1, a fraction that is none, or a tokenizer without tokens.
@@ -99,6 +118,7 @@ class Engine:
         self.max_prefill_tokens = checked_limit("max_prefill_tokens", max_prefill_tokens)
         self._memory_fraction = checked_fraction(memory_fraction)
         self._capturing, self._check_steps = model.device.type == "cuda" and not eager, check_steps
+        self._cache_config = cache_config or getattr(model, "cache_config", None) or CacheConfig()
         self._ahead = int(model.device.type == "cuda" if overlap is None else overlap)
         self._pending: deque[_Step] = deque()
         self._stream: torch.cuda.Stream | None = None
@@ -110,6 +130,7 @@ class Engine:
         self._added = 0
         self._closed = False
         self._parts: tuple[Cache, Runner, Sampler] | None = None
+        self._reuse: PrefixReuse | None = None
         self._let_go: Callable[[], object] = lambda: None
 
     def add_request(
@@ -169,43 +190,100 @@ class Engine:
         model = self._model
         release = hold(model.tp, "generating")
         try:
-            slots = self._agree_on_slots(at_most)
+            slots, snapshots = self._agree_on_slots(at_most)
             with model.tp.agreed():
-                cache = model.new_cache(slots)
+                cache = model.new_cache(slots + snapshots)
         except BaseException:
             release()
             raise
         self._let_go = weakref.finalize(self, release)  # a dropped engine lets go as well
         self.max_batch_size = slots
-        runner = self._runner(cache, slots)
-        sampler = Sampler(slots, model.config.vocab_size, self._builder.usable, model.device)
+        runner = self._runner(cache, slots, snapshots)
+        sampler = Sampler(slots + snapshots, model.config.vocab_size, self._builder.usable, model.device)
         self._parts, self._captured = (cache, runner, sampler), runner.captured
+        if snapshots:
+            self._reuse = PrefixReuse(cache, slots, snapshots, self._cache_config.mamba_block_size)
 
-    def _runner(self, cache: Cache, slots: int) -> Runner:
+    def _runner(self, cache: Cache, slots: int, snapshots: int) -> Runner:
         device, limit, ladder, capture = self._model.device, self.max_prefill_tokens, None, None
         if device.type == "cuda":
             self._stream = torch.cuda.current_stream(device)
             if self._capturing:
                 ladder, capture = Ladder(slots, limit), CudaCapture(device)
         return Runner(
-            self._model, cache, slots, limit, ladder=ladder, capture=capture, check_steps=self._check_steps
+            self._model,
+            cache,
+            slots + snapshots,
+            limit,
+            ladder=ladder,
+            capture=capture,
+            check_steps=self._check_steps,
         )
 
-    def _agree_on_slots(self, at_most: int | None) -> int:
+    def _agree_on_slots(self, at_most: int | None) -> tuple[int, int]:
+        """Slots for sequences that run, and for snapshots, which take what those leave of the memory, or a quarter."""
         model, asked = self._model, self.max_batch_size
-        limits = agree_on_limits(
-            model.tp,
-            Needs.of(model, captures=self._capturing),
-            device=model.device,
-            max_batch_size=min(asked or at_most or MAX_BATCH_SIZE, at_most or asked or MAX_BATCH_SIZE),
-            max_prefill_tokens=self.max_prefill_tokens,
-            fraction=self._memory_fraction,
-        )
+
+        def room_for(sequences: int) -> Limits:
+            return agree_on_limits(
+                model.tp,
+                Needs.of(model, captures=self._capturing),
+                device=model.device,
+                max_batch_size=sequences,
+                max_prefill_tokens=self.max_prefill_tokens,
+                fraction=self._memory_fraction,
+            )
+
+        limits = room_for(min(asked or at_most or MAX_BATCH_SIZE, at_most or asked or MAX_BATCH_SIZE))
         lowered = asked is not None or limits.max_prefill_tokens < self.max_prefill_tokens
         if limits.note is not None and lowered and model.tp.rank == 0:
             warnings.warn(limits.note, ClampedWarning, stacklevel=3)
         self.max_prefill_tokens = self._scheduler.max_prefill_tokens = limits.max_prefill_tokens
-        return limits.max_batch_size
+        running = limits.max_batch_size
+        if not self._cache_config.enable_prefix_caching:
+            return running, 0
+        fits = room_for(running + MAX_SNAPSHOTS).max_batch_size
+        running = min(running, max(1, fits - fits // 4))
+        return running, max(1, fits - running)
+
+    @property
+    def prefixes(self) -> PrefixCache | None:
+        """The states that are kept for prompts to come; None without prefix caching, or before the start."""
+        return None if self._reuse is None else self._reuse.prefixes
+
+    def save_prefixes(self, folder: str | os.PathLike[str]) -> int:
+        """Write the kept states into ``folder``, for any number of ranks to load; every rank calls this.
+
+        Returns:
+            How many were written.
+
+        Raises:
+            ValueError: prefix caching is off, or the engine is closed.
+            OSError: a file cannot be written; what ``folder`` held before stays readable.
+            RankFailedError: rank 0 could not write it.
+        """
+        return save_prefixes(*self._kept_prefixes(), folder)
+
+    def load_prefixes(self, folder: str | os.PathLike[str]) -> int:
+        """Take over what :meth:`save_prefixes` wrote, those used last where not all fit; every rank calls this.
+
+        Returns:
+            How many were taken.
+
+        Raises:
+            ValueError: prefix caching is off, the engine is closed, or a file is missing, damaged or of another model.
+            RankFailedError: another rank could not read its part.
+        """
+        return load_prefixes(*self._kept_prefixes(), folder)
+
+    def _kept_prefixes(self) -> tuple[PrefixCache, Any]:
+        if not self._cache_config.enable_prefix_caching:
+            raise ValueError(
+                "this engine keeps no prefixes: make it with cache_config=CacheConfig(enable_prefix_caching=True)"
+            )
+        self.start()
+        assert self._reuse is not None and self._parts is not None  # noqa: PT018
+        return self._reuse.prefixes, self._parts[0]
 
     def step(self) -> list[TokenEvent]:
         """The events of one forward pass: one for each request that made a token in it, or failed.
@@ -239,19 +317,24 @@ class Engine:
         """Launch the next pass; False if there is nothing to run."""
         assert self._parts is not None
         cache, runner, sampler = self._parts
-        schedule: Schedule = self._scheduler.schedule(cache)
+        reuse = self._reuse
+        schedule: Schedule = self._scheduler.schedule(cache if reuse is None else reuse, reuse)
         if schedule.is_empty:
             return False
         for request in schedule.admitted:
             sampler.begin(request)
         logits, requests = runner.forward(schedule), schedule.sampling
+        if reuse is not None:
+            reuse.keep_cuts(schedule)
         self._pending.append(
             _Step(requests, runner.give(sampler.sample(logits, requests)) if requests else list)
         )
         for request in requests:
             request.launched += 1
             if request.all_launched:
-                self._release(request)
+                self._scheduler.remove(request)
+                if reuse is None:  # else it is kept, once its tokens are known
+                    self._release(request)
         return True
 
     def _collect(self, step: _Step) -> list[TokenEvent]:
@@ -285,7 +368,9 @@ class Engine:
             with suppress(RuntimeError):
                 step.receive()
         self._pending.clear()
-        self._closed, self._parts = True, None
+        if self._reuse is not None:
+            self._reuse.prefixes.clear()
+        self._closed, self._parts, self._reuse = True, None, None
         self._let_go()
 
     def __enter__(self) -> Engine:
@@ -299,13 +384,20 @@ class Engine:
     def _remove(self, request: Request) -> None:
         del self._requests[request.index]
         if not request.all_launched:
+            self._scheduler.remove(request)
+        if not request.all_launched or self._reuse is not None:
             self._release(request)
 
     def _release(self, request: Request) -> None:
         """No further step is for ``request``: its slot is for others, and what is launched for it comes before them."""
-        self._scheduler.remove(request)
-        if request.slot is not None and self._parts is not None:
+        if request.slot is None or self._parts is None:
+            return
+        if self._reuse is None:
             self._parts[0].free(request.slot)
+        elif request.finish_reason in ("length", "eos", "stop"):
+            self._reuse.keep_text(request)
+        else:
+            self._reuse.free(request.slot)
 
     def _on_stream(self) -> AbstractContextManager[object]:
         """All steps run on the stream that was current at the start, whichever thread asks for them."""

@@ -65,6 +65,8 @@ class Request:
     """Its place in the state cache, once it has one; once :attr:`all_launched`, perhaps another's."""
     taken: int = 0
     """Prompt tokens whose effect is in the slot's state."""
+    cuts: list[int] = field(default_factory=list)
+    """Counts of prompt tokens, ascending, behind each of which the state is kept for other prompts."""
     token_ids: list[int] = field(default_factory=list)
     """Tokens generated so far, as far as the host has seen them. The last one is not in the state yet."""
     launched: int = 0
@@ -82,6 +84,11 @@ class Request:
     def remaining(self) -> int:
         """Prompt tokens still to be taken in."""
         return len(self.prompt) - self.taken
+
+    @property
+    def next_stop(self) -> int:
+        """Prompt tokens that may be in after the next step: all, or as many as the next of :attr:`cuts` says."""
+        return next((count for count in self.cuts if count > self.taken), len(self.prompt))
 
     @property
     def all_launched(self) -> bool:

@@ -6,6 +6,7 @@ Decisions rest on host values that are the same on every rank, so the ranks neve
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +25,16 @@ class Slots(Protocol):
 
     def free(self, slot: int) -> None:
         """Give it back."""
+
+
+class Reuse(Protocol):
+    """How prompts come by the states of others that begin alike (:class:`tp_mamba.engine.reuse.PrefixReuse`)."""
+
+    def comes_soon(self, request: Request, running: Sequence[Request]) -> bool:
+        """Whether one of ``running`` is about to leave a state with which ``request`` would rather begin."""
+
+    def begin(self, request: Request, follower: Request | None) -> None:
+        """Let ``request``, which has just got its slot, begin where a kept state ends; ``follower`` comes next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +96,11 @@ class Scheduler:
         """Put ``request`` behind those that wait."""
         self._waiting.append(request)
 
-    def schedule(self, slots: Slots) -> Schedule:
-        """The next pass; requests that wait take ``slots`` while there are free ones and prompt tokens to spare."""
+    def schedule(self, slots: Slots, reuse: Reuse | None = None) -> Schedule:
+        """The next pass; requests that wait take ``slots`` while there are free ones and prompt tokens to spare.
+
+        With ``reuse`` the first of them, and so all behind it, also waits for a state that it can begin with.
+        """
         # Every running request has a slot and has not ended, so that the prompt alone tells the two states apart.
         decodes = [request for request in self._running if not request.remaining]
         budget, chunks = self.max_prefill_tokens, []
@@ -98,8 +112,12 @@ class Scheduler:
         admitted = []
         while self._waiting and budget and slots.num_free:
             request = self._waiting[0]
+            if reuse is not None and reuse.comes_soon(request, self._running):
+                break
             request.slot = slots.allocate()
             self._running.append(self._waiting.popleft())
+            if reuse is not None:
+                reuse.begin(request, self._waiting[0] if self._waiting else None)
             admitted.append(request)
             chunks.append(_next_chunk(request, budget))
             budget -= chunks[-1].length
@@ -114,4 +132,4 @@ class Scheduler:
 
 
 def _next_chunk(request: Request, budget: int) -> Chunk:
-    return Chunk(request, request.taken, min(request.remaining, budget))
+    return Chunk(request, request.taken, min(request.next_stop - request.taken, budget))

@@ -29,16 +29,17 @@ def check_options(
             f"{name}: is_lora_enabled is set but adapters are not available yet: merge the adapter into the "
             "checkpoint and leave it False"
         )
-    if getattr(cache_config, "enable_prefix_caching", False):
-        raise ValueError(
-            f"{name}: cache_config.enable_prefix_caching is set but reuse of prefixes is not available yet: leave "
-            "it False"
-        )
     block_size = getattr(cache_config, "mamba_block_size", None)
-    if block_size is not None:
+    if block_size is None:
+        return
+    if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(
-            f"{name}: cache_config.mamba_block_size is {block_size} but states kept for prefix reuse are not "
-            "available yet: leave it None"
+            f"{name}: cache_config.mamba_block_size is {block_size!r}: it is a number of tokens, at least 1"
+        )
+    if not getattr(cache_config, "enable_prefix_caching", False):
+        raise ValueError(
+            f"{name}: cache_config.mamba_block_size is {block_size} but no states are kept: set "
+            "enable_prefix_caching too"
         )
 
 

@@ -225,6 +225,11 @@ class CausalLM(nn.Module):
         """The layer of every block that keeps state, in order: a :class:`tp_mamba.mixer.MambaMixer` in Mamba."""
         return [block.mixer for block in self.backbone.layers]
 
+    @property
+    def cache_config(self) -> Any:
+        """How its layers were told to keep states: what the first one's constructor got, None for the defaults."""
+        return getattr(self.mixers()[0], "cache_config", None)
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits of whole sequences, from their beginning.
 

@@ -107,19 +107,21 @@ class PrefixCache:
     def longest(self, prompt: Sequence[int]) -> Snapshot | None:
         """The snapshot of the longest beginning of ``prompt`` that leaves at least one token to compute.
 
-        That token's logits choose the next one, and a snapshot has none. The snapshot counts as used now.
+        That token's logits choose the next one, and a snapshot has none.
         """
-        best = None
-        for node in self._path(np.asarray(prompt, np.int64)[: len(prompt) - 1])[0]:
-            if node.snapshot is not None:
-                best = node
-        if best is None:
+        node = self._deepest(prompt)
+        return None if node is None else node.snapshot
+
+    def use(self, prompt: Sequence[int]) -> Snapshot | None:
+        """As :meth:`longest`; the snapshot counts as used now, and as a hit."""
+        node = self._deepest(prompt)
+        if node is None:
             return None
-        self._used.move_to_end(best)
+        assert node.snapshot is not None
+        self._used.move_to_end(node)
         self.hits += 1
-        assert best.snapshot is not None
-        self.hit_tokens += best.snapshot.count
-        return best.snapshot
+        self.hit_tokens += node.snapshot.count
+        return node.snapshot
 
     def cuts(self, prompt: Sequence[int], start: int = 0) -> list[int]:
         """Where ``prompt``, computed from token ``start`` on, should leave snapshots: token counts, ascending.
@@ -196,12 +198,17 @@ class PrefixCache:
             child = node.children.get(int(tokens[node.depth]))
             if child is None:
                 return passed, node.depth
-            equal = _common(child.edge, tokens[node.depth :])
+            equal = common_length(child.edge, tokens[node.depth :])
             if equal < len(child.edge):
                 return passed, node.depth + equal
             node = child
             passed.append(node)
         return passed, node.depth
+
+    def _deepest(self, prompt: Sequence[int]) -> _Node | None:
+        """The node of :meth:`longest`."""
+        passed, _ = self._path(np.asarray(prompt, np.int64)[: len(prompt) - 1])
+        return next((node for node in reversed(passed) if node.snapshot is not None), None)
 
     def _known(self, tokens: Sequence[int]) -> _Node | None:
         """The node that holds a snapshot of exactly ``tokens``."""
@@ -230,7 +237,7 @@ class PrefixCache:
         return node
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
+def common_length(a: np.ndarray, b: np.ndarray) -> int:
     """How many of the first elements of ``a`` and ``b`` are equal."""
     length = min(len(a), len(b))
     different = np.flatnonzero(a[:length] != b[:length])
