@@ -17,6 +17,7 @@ from tp_mamba.launch.arguments import torch_dtype
 from tp_mamba.launch.console import progress_bar, tell
 from tp_mamba.launch.verbs.plan import planned_dtype
 from tp_mamba.model import MambaForCausalLM
+from tp_mamba.options import CacheConfig
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.parallel.sharding import sharded_tensors
 from tp_mamba.text.chat import load_chat_template
@@ -111,3 +112,10 @@ def describe(model: MambaForCausalLM) -> dict[str, Any]:
         "parameters": sum(math.prod(tensor.shard.shape) for tensor in tensors),
         "bytes_per_rank": model.tp.all_gather_object(sum(tensor.param.nbytes for tensor in tensors)),
     }
+
+
+def cache_config_of(args: argparse.Namespace) -> CacheConfig:
+    """Whether prompts begin with the states of prompts before them."""
+    return CacheConfig(
+        enable_prefix_caching=args.enable_prefix_caching, mamba_block_size=args.mamba_block_size
+    )

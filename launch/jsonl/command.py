@@ -17,7 +17,7 @@ from tp_mamba.launch.jsonl.arguments import examine_files
 from tp_mamba.launch.jsonl.progress import requests_bar
 from tp_mamba.launch.jsonl.results import Found, ResultsFile
 from tp_mamba.launch.jsonl.run import Counts, FileRun
-from tp_mamba.launch.loading import describe, limits_before_loading, load_encoder, load_model
+from tp_mamba.launch.loading import cache_config_of, describe, limits_before_loading, load_encoder, load_model
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.quoting import shown_path
 
@@ -39,7 +39,7 @@ def run_file(args: argparse.Namespace, tp: TensorParallel) -> int:
     limits = limits_before_loading(args, tp)
     model, weights = load_model(args, tp)
     report = describe(model)
-    engine = Engine(model, tokenizer, eager=args.eager, **limits)
+    engine = Engine(model, tokenizer, eager=args.eager, cache_config=cache_config_of(args), **limits)
     if tp.rank > 0:
         follow(engine, tp)
         return 0
@@ -55,6 +55,7 @@ def run_file(args: argparse.Namespace, tp: TensorParallel) -> int:
             text_only=args.chat,
         )
         counts = _continue(args, run, found)
+    report["reused_prompt_tokens"] = engine.reused_tokens
     _tell(args, report, found, counts, time.perf_counter() - began)
     return 0
 
@@ -105,10 +106,12 @@ def _tell(
             }
         )
     else:
+        reused = report["reused_prompt_tokens"]
+        kept = f"{reused:,} prompt tokens from kept states, " if reused else ""
         earlier = f" ({found.lines:,} of them by an earlier run)" if found.lines else ""
         write(
             f"wrote {shown_path(args.output)}: {counts.lines:,} results{earlier}, {counts.new_tokens:,} new tokens, "
-            f"{seconds:.1f} s, {counts.new_tokens / seconds:,.1f} tokens/s\n"
+            f"{kept}{seconds:.1f} s, {counts.new_tokens / seconds:,.1f} tokens/s\n"
         )
     if counts.first_failure is not None:
         number, error = counts.first_failure

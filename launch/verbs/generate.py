@@ -19,7 +19,7 @@ from tp_mamba.launch.console import facts, human_bytes, print_json, show
 from tp_mamba.launch.jsonl.arguments import add_file_arguments, check_file_arguments, examine_files
 from tp_mamba.launch.output import Output
 from tp_mamba.launch.prompts import check_prompt_arguments, read_prompts, share_prompts
-from tp_mamba.launch.ranks.failures import under_torchrun
+from tp_mamba.launch.ranks.failures import UsageError, under_torchrun
 from tp_mamba.launch.ranks.start import (
     check_device,
     check_device_arguments,
@@ -82,6 +82,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eager",
         action="store_true",
         help="launch every kernel from the host instead of capturing steps in CUDA graphs; on a CPU it is always so",
+    )
+    alike = parser.add_argument_group("prompts that begin alike")
+    alike.add_argument(
+        "--enable-prefix-caching",
+        action="store_true",
+        help="keep the states behind prompts and texts: a later prompt that begins like them computes its rest alone",
+    )
+    alike.add_argument(
+        "--mamba-block-size",
+        type=positive_int,
+        metavar="N",
+        help="with --enable-prefix-caching: prompt tokens between two kept states (default 2048)",
     )
     ranks = parser.add_argument_group("ranks")
     ranks.add_argument(
@@ -157,6 +169,10 @@ def prepare(args: argparse.Namespace) -> None:
     """
     check_device_arguments(args.device, args.backend)
     check_file_arguments(args)
+    if args.mamba_block_size is not None and not args.enable_prefix_caching:
+        raise UsageError(
+            "--mamba-block-size was given without --enable-prefix-caching: it is about states that are kept with that"
+        )
     if args.prompts is None:
         check_prompt_arguments(args.prompt, args.prompt_file)
     size = resolve_rank_count(args.tp, args.device)
@@ -181,7 +197,13 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     from tp_mamba.engine.generate import stream
     from tp_mamba.launch.agreement import agree_on_arguments
     from tp_mamba.launch.jsonl.command import run_file
-    from tp_mamba.launch.loading import describe, limits_before_loading, load_encoder, load_model
+    from tp_mamba.launch.loading import (
+        cache_config_of,
+        describe,
+        limits_before_loading,
+        load_encoder,
+        load_model,
+    )
 
     names = (
         "dtype",
@@ -191,6 +213,8 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
         "max_prefill_tokens",
         "memory_fraction",
         "eager",
+        "enable_prefix_caching",
+        "mamba_block_size",
         "prompts",
     )
     agree_on_arguments(tp, args, (*SamplingParams.__dataclass_fields__, *names))
@@ -203,9 +227,22 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     model, _ = load_model(args, tp)
     speaks = tp.rank == 0 and not args.json
     output = Output(prompts, speaks, echo=not args.chat)
-    events = stream(model, prompt_ids, args.params, tokenizer, eager=args.eager, **limits)
+    events = stream(
+        model,
+        prompt_ids,
+        args.params,
+        tokenizer,
+        eager=args.eager,
+        cache_config=cache_config_of(args),
+        **limits,
+    )
     output.follow(events)
-    report = {**describe(model), "prompt_tokens": sum(map(len, prompt_ids)), **output.timing()}
+    report = {
+        **describe(model),
+        "prompt_tokens": sum(map(len, prompt_ids)),
+        "reused_prompt_tokens": events.reused_tokens,
+        **output.timing(),
+    }
     if speaks:
         show(_summary(report, events.captured))
     elif tp.rank == 0:
@@ -218,6 +255,7 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
 def _summary(report: dict[str, Any], captured: CaptureReport) -> Table:
     steps = f"{captured.graphs} captured as CUDA graphs, in {captured.seconds:.2f} s"
     sizes: list[int] = report["bytes_per_rank"]
+    reused: int = report["reused_prompt_tokens"]
     rate = report["tokens_per_second"]
     return facts(
         [
@@ -228,7 +266,9 @@ def _summary(report: dict[str, Any], captured: CaptureReport) -> Table:
             ("parameters", f"{report['parameters']:,} in all; {human_bytes(max(sizes))} a rank"),
             (
                 "prompt",
-                f"{report['prompt_tokens']} tokens, first new token after {report['prefill_seconds']:.2f} s",
+                f"{report['prompt_tokens']} tokens"
+                + (f", {reused} of them from kept states" if reused else "")
+                + f", first new token after {report['prefill_seconds']:.2f} s",
             ),
             (
                 "generated",

@@ -117,6 +117,17 @@ def test_what_requests_that_arrive_together_share_is_computed_once(overlap: bool
     assert prefilled(model) == 50 + 8 * 6
 
 
+def test_a_prompt_that_arrives_in_time_has_its_beginning_kept_by_the_one_before() -> None:
+    model, shared = ToyModel(), ids(0, 50)
+    with Engine(model, max_prefill_tokens=10, overlap=False, cache_config=keeping(None)) as engine:
+        engine.add_request(shared + ids(1, 30), SamplingParams(max_new_tokens=4))
+        for _ in range(2):
+            engine.step()
+        engine.add_request(shared + ids(2, 6), SamplingParams(max_new_tokens=4))
+        drain(engine)
+    assert prefilled(model) == 80 + 6
+
+
 @BOTH
 def test_a_junction_is_kept_where_a_later_prompt_parts(overlap: bool) -> None:
     model, shared = ToyModel(), ids(0, 50)

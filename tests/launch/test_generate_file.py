@@ -211,3 +211,23 @@ def test_the_rank_that_writes_is_killed_and_the_file_is_continued(
     assert whole.startswith(left)
     assert cli.main(file_arguments(sample, requests, out, "--resume")) == 1
     assert out.read_bytes() == whole
+
+
+def test_requests_that_begin_alike_say_the_same_from_kept_states(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared, requests = "We are accounted poor citizens, the patricians good. " * 8, tmp_path / "in.jsonl"
+    lines = [
+        json.dumps({"prompt": shared + end, "max_new_tokens": 4}) for end in ("What", "He", "Speak", "We")
+    ]
+    requests.write_text("\n".join(lines))
+    plain, kept = tmp_path / "plain.jsonl", tmp_path / "kept.jsonl"
+    assert cli.main(file_arguments(sample, requests, plain)) == 0
+    capsys.readouterr()
+    options = ("--enable-prefix-caching", "--mamba-block-size", "64")
+    assert cli.main(file_arguments(sample, requests, kept, *options)) == 0
+    assert kept.read_bytes() == plain.read_bytes()
+    tokens = len(load_tokenizer(sample).encode(shared).ids)
+    said = capsys.readouterr().out
+    reused = int(said.split(" prompt tokens from kept states")[0].split()[-1].replace(",", ""))
+    assert 3 * (tokens - 2) <= reused <= 3 * (tokens + 1)

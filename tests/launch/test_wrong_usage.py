@@ -52,6 +52,7 @@ WRONG = [
     ),
     ([*PROMPT, "--resume"], "--resume was given without --prompts FILE"),
     (["generate", "x", "--prompts", "a", "--resume", "--overwrite"], "not allowed with argument --resume"),
+    ([*PROMPT, "--mamba-block-size", "64"], "--mamba-block-size was given without --enable-prefix-caching"),
     ([*PROMPT, "--memory-fraction", "0"], "got '0', expected a number above 0 and at most 1, as in 0.8"),
     ([*PROMPT, "--memory-fraction", "90%"], "got '90%', expected a number"),
     ([*PROMPT, "--max-prefill-tokens", "0"], "got '0', expected a whole number of at least 1"),

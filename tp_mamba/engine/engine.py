@@ -131,6 +131,7 @@ class Engine:
         self._closed = False
         self._parts: tuple[Cache, Runner, Sampler] | None = None
         self._reuse: PrefixReuse | None = None
+        self._reused = 0
         self._let_go: Callable[[], object] = lambda: None
 
     def add_request(
@@ -251,6 +252,11 @@ class Engine:
         """The states that are kept for prompts to come; None without prefix caching, or before the start."""
         return None if self._reuse is None else self._reuse.prefixes
 
+    @property
+    def reused_tokens(self) -> int:
+        """Prompt tokens so far that were not computed, since a kept state stood for them."""
+        return self._reused if self._reuse is None else self._reuse.prefixes.hit_tokens
+
     def save_prefixes(self, folder: str | os.PathLike[str]) -> int:
         """Write the kept states into ``folder``, for any number of ranks to load; every rank calls this.
 
@@ -369,6 +375,7 @@ class Engine:
                 step.receive()
         self._pending.clear()
         if self._reuse is not None:
+            self._reused = self.reused_tokens
             self._reuse.prefixes.clear()
         self._closed, self._parts, self._reuse = True, None, None
         self._let_go()

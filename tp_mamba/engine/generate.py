@@ -18,6 +18,7 @@ from tp_mamba.engine.memory import MEMORY_FRACTION
 from tp_mamba.engine.model import Model
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.request import FinishReason, TokenEvent
+from tp_mamba.options import CacheConfig
 from tp_mamba.parallel.turns import hold
 
 
@@ -45,6 +46,11 @@ class TokenStream(Iterator[TokenEvent]):
     def captured(self) -> CaptureReport:
         """How many steps were captured so far, and in what time."""
         return self._engine.captured
+
+    @property
+    def reused_tokens(self) -> int:
+        """Prompt tokens so far that were not computed, since a kept state stood for them."""
+        return self._engine.reused_tokens
 
     @property
     def max_batch_size(self) -> int:
@@ -81,6 +87,7 @@ def generate(
     max_prefill_tokens: int = 8192,
     memory_fraction: float = MEMORY_FRACTION,
     eager: bool = False,
+    cache_config: CacheConfig | None = None,
     overlap: bool | None = None,
     **sampling: Any,
 ) -> list[GenerationResult]:
@@ -101,6 +108,7 @@ def generate(
         max_prefill_tokens=max_prefill_tokens,
         memory_fraction=memory_fraction,
         eager=eager,
+        cache_config=cache_config,
         overlap=overlap,
         **sampling,
     )
@@ -136,6 +144,7 @@ def stream(
     max_prefill_tokens: int = 8192,
     memory_fraction: float = MEMORY_FRACTION,
     eager: bool = False,
+    cache_config: CacheConfig | None = None,
     overlap: bool | None = None,
     **sampling: Any,
 ) -> TokenStream:
@@ -164,6 +173,7 @@ def stream(
         memory_fraction: part of the memory that is free now, on the rank with the least, which activations and states
             may take.
         eager: launch every kernel from the host instead of capturing steps in CUDA graphs; always so on a CPU.
+        cache_config: whether prompts begin with the states of prompts before them; by default as the model was made.
         overlap: launch a step before the tokens of the one before are known to the host; the events of a sequence are
             the same. By default on a GPU.
         sampling: fields of :class:`SamplingParams` by name, in place of those of ``params``, as in
@@ -195,6 +205,7 @@ def stream(
                 max_prefill_tokens=max_prefill_tokens,
                 memory_fraction=memory_fraction,
                 eager=eager,
+                cache_config=cache_config,
                 overlap=overlap,
             )
             for index, (prompt, its_params) in enumerate(zip(rows, each_params, strict=True)):
@@ -210,6 +221,7 @@ def stream(
                     "max_prefill_tokens": max_prefill_tokens,
                     "memory_fraction": memory_fraction,
                     "eager": eager,
+                    "cache_config": cache_config,
                     "overlap": overlap,
                     **_described(rows, each_params),
                 }

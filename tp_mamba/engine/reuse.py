@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 
 import numpy as np
 
 from tp_mamba.engine.request import Request
-from tp_mamba.engine.scheduler import Schedule
+from tp_mamba.engine.scheduler import Chunk, Schedule
 from tp_mamba.state.prefix import WORTHWHILE, PrefixCache, SnapshotCache, common_length
 
 BLOCK_SIZE = 2048
@@ -46,19 +47,22 @@ class PrefixReuse:
         self._spare += 1
         self._cache.free(slot)
 
-    def comes_soon(self, request: Request, running: Sequence[Request]) -> bool:
+    def comes_soon(self, request: Request, running: Sequence[Request], chunks: Sequence[Chunk]) -> bool:
         """Whether one of ``running`` is about to leave a state with which ``request`` would rather begin.
 
-        That is at most the rest of one prompt away, which goes on in every step, so nobody waits for ever.
+        Where it is not yet beyond what the two share, it is told to leave one there. That is at most the rest of one
+        prompt away, which goes on in every step (``chunks`` are those of this one), so nobody waits for ever.
         """
-        leaving = [other for other in running if any(count > other.taken for count in other.cuts)]
-        if not leaving:
+        taking_in = [other for other in running if other.remaining]
+        if not taking_in:
             return False
-        prompt = np.asarray(request.prompt, np.int64)
-        hit = self.prefixes.longest(request.prompt)
+        prompt, hit = np.asarray(request.prompt, np.int64), self.prefixes.longest(request.prompt)
         enough = WORTHWHILE + (0 if hit is None else hit.count)
-        for other in leaving:
+        soon = {chunk.request.index: chunk.start + chunk.length for chunk in chunks}
+        for other in taking_in:
             shared = self._shared(prompt, other)
+            if shared >= max(enough, soon.get(other.index, other.taken)) and shared not in other.cuts:
+                insort(other.cuts, shared)
             if any(max(other.taken + 1, enough) <= count <= shared for count in other.cuts):
                 return True
         return False

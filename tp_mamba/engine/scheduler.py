@@ -27,16 +27,6 @@ class Slots(Protocol):
         """Give it back."""
 
 
-class Reuse(Protocol):
-    """How prompts come by the states of others that begin alike (:class:`tp_mamba.engine.reuse.PrefixReuse`)."""
-
-    def comes_soon(self, request: Request, running: Sequence[Request]) -> bool:
-        """Whether one of ``running`` is about to leave a state with which ``request`` would rather begin."""
-
-    def begin(self, request: Request, follower: Request | None) -> None:
-        """Let ``request``, which has just got its slot, begin where a kept state ends; ``follower`` comes next."""
-
-
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """The next ``length`` prompt tokens of a request."""
@@ -50,6 +40,17 @@ class Chunk:
     def completes(self) -> bool:
         """Whether it is the last of its prompt, after which the first new token is made."""
         return self.start + self.length == len(self.request.prompt)
+
+
+class Reuse(Protocol):
+    """How prompts come by the states of others that begin alike (:class:`tp_mamba.engine.reuse.PrefixReuse`)."""
+
+    def comes_soon(self, request: Request, running: Sequence[Request], chunks: Sequence[Chunk]) -> bool:
+        """Whether one of ``running`` is about to leave a state with which ``request`` would rather begin; ``chunks``
+        are those of this step so far."""
+
+    def begin(self, request: Request, follower: Request | None) -> None:
+        """Let ``request``, which has just got its slot, begin where a kept state ends; ``follower`` comes next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,11 @@ class Scheduler:
                     chunks.append(_next_chunk(request, budget))
                     budget -= chunks[-1].length
         admitted = []
-        while self._waiting and budget and slots.num_free:
+        while self._waiting and slots.num_free:
             request = self._waiting[0]
-            if reuse is not None and reuse.comes_soon(request, self._running):
+            if reuse is not None and reuse.comes_soon(request, self._running, chunks):
+                break
+            if not budget:
                 break
             request.slot = slots.allocate()
             self._running.append(self._waiting.popleft())
