@@ -230,4 +230,4 @@ def test_requests_that_begin_alike_say_the_same_from_kept_states(
     tokens = len(load_tokenizer(sample).encode(shared).ids)
     said = capsys.readouterr().out
     reused = int(said.split(" prompt tokens from kept states")[0].split()[-1].replace(",", ""))
-    assert 3 * (tokens - 2) <= reused <= 3 * (tokens + 1)
+    assert 2.5 * tokens < reused < 3 * tokens + 3
