@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-MEASURE = ("scan", "conv", "state_update", "norm", "gemm", "layer", "decode", "long", "trace", "cpu")
+MEASURE = ("scan", "conv", "state_update", "norm", "gemm", "layer", "decode", "whole", "long", "trace", "cpu")
 SHOW = ("plot", "table")
 NAMES = MEASURE + SHOW
 

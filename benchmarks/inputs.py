@@ -113,9 +113,10 @@ def randomize_mixer(mixer: MambaMixer, generator: torch.Generator) -> None:
         if bias is not None:
             bias.copy_(normal(generator, *bias.shape, std=0.3, dtype=torch.float32))
     assert mixer.dt_proj.bias is not None
-    mixer.dt_proj.bias.copy_(time_step_bias(generator, mixer.intermediate_size))
-    mixer.A.copy_(decay_rates(generator, mixer.intermediate_size, mixer.ssm_state_size))
-    mixer.D.copy_(normal(generator, mixer.intermediate_size, mean=1.0, std=0.5, dtype=torch.float32))
+    channels = mixer.intermediate_size_local
+    mixer.dt_proj.bias.copy_(time_step_bias(generator, channels))
+    mixer.A.copy_(decay_rates(generator, channels, mixer.ssm_state_size))
+    mixer.D.copy_(normal(generator, channels, mean=1.0, std=0.5, dtype=torch.float32))
     for norm in (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm):
         if norm is not None:
             randomize_norm(norm, generator)

@@ -122,6 +122,20 @@ GEMM: dict[tuple[str, int], Target] = {
 MEMORY = Target(must=1.05, stretch=1.0)
 """Peak memory of chunked prefill at 131,072 tokens over that at 16,384."""
 
+WHOLE: dict[tuple[str, int, int], Target] = {
+    ("decode", 1, 1): Target(must=5.8, stretch=5.2),
+    ("decode", 32, 1): Target(must=7.3, stretch=6.4),
+    ("decode", 128, 1): Target(must=11.2, stretch=9.6),
+    ("decode", 1, 2): Target(must=3.5, stretch=3.0),
+    ("decode", 32, 2): Target(must=4.5, stretch=3.9),
+    ("decode", 128, 2): Target(must=6.7, stretch=6.0),
+    ("prefill", 2048, 1): Target(must=50, stretch=46),
+    ("prefill", 2048, 2): Target(must=31, stretch=28),
+    ("prefill", 8192, 1): Target(must=205, stretch=190),
+    ("prefill", 8192, 2): Target(must=126, stretch=114),
+}
+"""falcon-mamba-7b as a user gets it, by (what, batch or tokens, GPUs); milliseconds, and unlike the others on H100s."""
+
 CPU_PREFILL: dict[int, Target] = {
     512: Target(must=1.0, stretch=0.7, peers={"transformers": 3.39, "GEMMs": 0.38}),
     2048: Target(must=4.5, stretch=3.0, peers={"transformers": 17.1, "GEMMs": 1.68}),

@@ -24,6 +24,7 @@ from benchmarks import (
     peers,
     scan,
     state_update,
+    whole,
 )
 from benchmarks.case import Case, Workload
 from benchmarks.ceilings import H200
@@ -118,6 +119,16 @@ WORKLOADS: dict[str, tuple[Callable[..., Workload], Any, str]] = {
     ),
     "long, memory": (
         partial(long.build_memory, config=TINY, chunk=16, short=40, long=100),
+        tp_mamba.model.MambaForCausalLM,
+        "forward_packed",
+    ),
+    "whole decode": (
+        partial(whole.build_decode, batch=3, replay=False, config=TINY),
+        tp_mamba.model.MambaForCausalLM,
+        "forward_packed",
+    ),
+    "whole prefill": (
+        partial(whole.build_prefill, tokens=20, replay=True, checked=16, config=TINY),
         tp_mamba.model.MambaForCausalLM,
         "forward_packed",
     ),

@@ -21,6 +21,7 @@ from benchmarks import (
     norm,
     scan,
     state_update,
+    whole,
 )
 from benchmarks.ceilings import H200
 
@@ -69,7 +70,7 @@ def test_a_long_layer_is_checked_to_its_last_token(monkeypatch: pytest.MonkeyPat
     ]
 
 
-@pytest.mark.parametrize("module", [scan, conv, state_update, norm, gemm, layer, decode, long, cpu])
+@pytest.mark.parametrize("module", [scan, conv, state_update, norm, gemm, layer, decode, whole, long, cpu])
 def test_cases_are_well_formed(module: ModuleType) -> None:
     names = [case.name for case in module.CASES]
     assert len(names) == len(set(names))

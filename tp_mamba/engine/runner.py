@@ -55,6 +55,7 @@ class Runner:
         self._graphs = None if ladder is None else StepGraphs(ladder, capture)
         self._answers = torch.empty(0, dtype=torch.int64)
         self._logits: torch.Tensor | None = None
+        self._rung: Rung | None = None
 
     @property
     def captured(self) -> CaptureReport:
@@ -90,6 +91,16 @@ class Runner:
         """
         self._buffers.table.index_copy_(0, self._answers, tokens.clamp(min=0))
         return self._return.send(tokens)
+
+    def repeat(self) -> None:
+        """Run the last padded pass once more, from what lies in the buffers: to time it without the host's part.
+
+        Raises:
+            ValueError: there was none.
+        """
+        if self._graphs is None or self._rung is None:
+            raise ValueError("no padded step was run that could be repeated: run one of the ladder's first")
+        self._graphs(self._rung, self._run_padded)
 
     def _inputs(self, schedule: Schedule) -> StepInputs:
         decodes, chunks, place = schedule.decodes, schedule.chunks, self._buffers.place_of_slot
@@ -127,6 +138,7 @@ class Runner:
             self._graphs.reserve(self._run_padded)
         self._answers = self._fill(step, rung).answers[: len(step.wanted)]
         self._graphs(rung, self._run_padded)
+        self._rung = rung
         assert self._logits is not None
         return self._logits[: len(step.wanted)]
 
