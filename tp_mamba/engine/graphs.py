@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -118,23 +119,33 @@ class CudaCapture:
             RuntimeError: it cannot be captured, or there is too little memory.
         """
         graph = torch.cuda.CUDAGraph()
-        collects = gc.isenabled()
-        gc.disable()  # what it frees might belong to the device, which must not be asked anything meanwhile
-        try:
-            with torch.cuda.stream(self._stream):
-                # Other threads, NCCL's watchdog among them, may go on with their own work.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    run()
-                except BaseException:
-                    with suppress(RuntimeError):
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
-        finally:
-            if collects:
-                gc.enable()
+        with _one_at_a_time, _without_collection(), torch.cuda.stream(self._stream):
+            # Other threads, NCCL's watchdog among them, may go on with their own work.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+            except BaseException:
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph.replay
+
+
+_one_at_a_time = threading.Lock()
+"""Held while something is captured: engines of several threads share the stream."""
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Inside, Python collects no garbage: what it frees might belong to the device, which must not be asked now."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @functools.cache
