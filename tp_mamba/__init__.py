@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tp_mamba.model import MambaForCausalLM, build_mixer
     from tp_mamba.options import CacheConfig, ModelConfig
     from tp_mamba.parallel.group import RankFailedError, TensorParallel
+    from tp_mamba.parallel.sequence import SequenceParallel
     from tp_mamba.state.cache import MambaCache
     from tp_mamba.text.chat import load_chat_template
     from tp_mamba.text.tokenizer import load_tokenizer
@@ -44,6 +45,7 @@ _MODULES = {
     "RankFailedError": "parallel.group",
     "RowParallelLinear": "layers.linear",
     "SamplingParams": "engine.params",
+    "SequenceParallel": "parallel.sequence",
     "TensorParallel": "parallel.group",
     "VocabParallelEmbedding": "layers.vocab",
     "build_mixer": "model",
@@ -70,6 +72,7 @@ __all__ = [
     "RankFailedError",
     "RowParallelLinear",
     "SamplingParams",
+    "SequenceParallel",
     "TensorParallel",
     "VocabParallelEmbedding",
     "build_mixer",

@@ -11,6 +11,8 @@ level  computed again                          kept per token and layer, in elem
 2      the whole layer, from its input on      the input and the residual (2 H), x_proj's sum (R + 2 N)
 =====  ======================================  ===================================================================
 
+Where float32 parameters meet 16-bit activations, levels 0 and 1 also keep the rounded copies of the weights.
+
 Everything is deterministic, so the gradients are the same bits at every level. The sums over ranks of the first pass
 are kept and not taken again: there are as many collectives at every level.
 """
