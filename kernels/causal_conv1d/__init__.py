@@ -103,7 +103,7 @@ def causal_conv1d_fn(
     if seq_idx is not None:
         raise ValueError(
             "causal_conv1d_fn: seq_idx is not supported: pack the sequences along T and give their starts "
-            "as query_start_loc"
+            "as query_start_loc, or call the function of the same name in tp_mamba.kernels.compat.causal_conv1d"
         )
     channel_dim = 1 if query_start_loc is None else 0
     if x.dim() != channel_dim + 2:

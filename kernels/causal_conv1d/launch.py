@@ -71,12 +71,15 @@ def tokens_per_run(tokens: int, blocks_d: int, block_t: int, by_rows: bool) -> i
 
 
 @functools.lru_cache(maxsize=4096)
-def backward_plan(batch: int, channels: int, length: int, device: DeviceProperties) -> LaunchPlan:
+def backward_plan(
+    batch: int, channels: int, length: int, states: bool, device: DeviceProperties
+) -> LaunchPlan:
     """The plan of the backward in a mixer's layout: one wave of programs, runs of at least 64 tokens.
 
-    A run computes K - 1 tokens of the next one anew and writes K + 1 sums per channel: long runs cost little of either.
+    ``states``: there are initial or final states, which take registers: a thread then has half as many channels. A run
+    computes K - 1 tokens of the next one anew and writes K + 1 sums per channel: long runs cost little of either.
     """
-    block_d, group = min(512, next_power_of_2(channels)), 8
+    block_d, group = min(256 if states else 512, next_power_of_2(channels)), 8
     resident = 3 * device.sm_count  # programs of 168 registers per thread
     runs = max(1, resident // max(1, batch * cdiv(channels, block_d)))
     run = max(64, group * cdiv(cdiv(length, runs), group))

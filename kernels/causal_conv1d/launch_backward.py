@@ -7,6 +7,7 @@ import torch
 from tp_mamba.kernels.causal_conv1d import any_backward, mixer_backward
 from tp_mamba.kernels.causal_conv1d.borders import borders
 from tp_mamba.kernels.causal_conv1d.outputs import empty_rows
+from tp_mamba.kernels.common.partial_sums import sum_partials
 
 
 def launch(
@@ -39,7 +40,6 @@ def launch(
         return
     run = mixer_backward.launch if by_rows else any_backward.launch
     partials = run(dx, dout, dfinal, x, weight, bias, silu, initial, query_start_loc, *found)
-    sums = partials.sum(0)
-    dweight.copy_(sums[:-1].t())
+    sum_partials(dweight.t(), partials[:, :-1])
     if bias is not None:
-        dbias.copy_(sums[-1])
+        sum_partials(dbias, partials[:, -1])

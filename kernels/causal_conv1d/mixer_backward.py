@@ -235,7 +235,8 @@ def launch(
     A packed batch is one of ``[1, D, T]``, with ``borders`` and ``owners`` of its tokens.
     """
     (batch, channels, length), K = x.shape, weight.shape[1]
-    plan = backward_plan(batch, channels, length, device_properties(x.device))
+    stateful = states is not None or dfinal is not None
+    plan = backward_plan(batch, channels, length, stateful, device_properties(x.device))
     runs = cdiv(length, plan.run_tokens)
     partials = x.new_empty(batch * runs, K + 1, channels, dtype=torch.float32)
     # The batch stride of a packed batch must not vary with T.

@@ -1,4 +1,4 @@
-"""What the backwards of the operators share: whether a call is tracked, partial sums, and what has no derivative."""
+"""What the backwards of the operators share: whether a call is tracked, and what cannot be."""
 
 from __future__ import annotations
 
@@ -32,11 +32,3 @@ def refuse_second_derivative(op: str) -> None:
         )
 
     torch.library.register_autograd(op, refuse)
-
-
-def sum_of_partials(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``[P, ...]`` in the precision of sums -> ``[...]`` in ``dtype``: the partial sums of P programs added up.
-
-    The order of torch's sum depends on the shape alone, so that every run gives the same bits.
-    """
-    return partials.sum(0).to(dtype)

@@ -1,10 +1,12 @@
-"""causal-conv1d 1.5's functions: the two operators, with its circular state, and the states of packed sequences."""
+"""causal-conv1d 1.5's functions: ``seq_idx``, an update with a circular state, the states of packed sequences."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn
+from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn as _convolve
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_update as _linear_update
 from tp_mamba.kernels.common.checks import (
     check_device,
@@ -16,6 +18,72 @@ from tp_mamba.kernels.common.checks import (
 from tp_mamba.kernels.compat.slots import read_slots, write_slots
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update", "causal_conv1d_varlen_states"]
+
+
+def causal_conv1d_fn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    initial_states: torch.Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: torch.Tensor | None = None,
+    activation: str | None = None,
+    **others: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """:func:`tp_mamba.kernels.causal_conv1d.causal_conv1d_fn` that takes ``seq_idx`` too; differentiable as that is.
+
+    Args:
+        x, weight, bias, initial_states, return_final_states, final_states_out, activation: as there.
+        seq_idx: ``[B, L]`` int: the sequence that each token belongs to; a token sees tokens of its own alone. Runs of
+            equal numbers are sequences. A negative number is padding, whose outputs are zeros. Channels contiguous
+            (which causal-conv1d asks for here) cost no copy of x. The host does not wait: as many sequences as tokens
+            are allowed for, so that starts as ``query_start_loc``, where they are known, take less time.
+        others: the keywords of that function.
+
+    Returns:
+        ``[B, D, L]`` as ``x``, or what that function returns.
+
+    Raises:
+        ValueError: ``seq_idx`` has a wrong shape, dtype or device, or comes with states or ``query_start_loc``; or as
+            that function.
+        RuntimeError: as that function.
+    """
+    op = "causal_conv1d_fn"
+    if seq_idx is None:
+        states = (initial_states, return_final_states, final_states_out)
+        return _convolve(x, weight, bias, None, *states, activation, **others)
+    check_indices(op, [("seq_idx", seq_idx)])
+    if x.dim() != 3:
+        raise ValueError(f"{op}: x has shape {list(x.shape)}: expected [B, D, L] with seq_idx")
+    check_shape(op, "seq_idx", seq_idx, "[B, L]", (x.shape[0], x.shape[2]))
+    check_device(op, x.device, "x", [("seq_idx", seq_idx)])
+    given = [name for name, value in others.items() if value is not None and name != "pad_slot_id"]
+    if initial_states is not None or return_final_states or final_states_out is not None or given:
+        named = ", ".join(given) or "states"
+        raise ValueError(
+            f"{op}: seq_idx does not go with {named}: pack the sequences along T and give their starts as "
+            "query_start_loc instead"
+        )
+    B, D, L = x.shape
+    out = _convolve(
+        x.transpose(1, 2).reshape(B * L, D).t(), weight, bias, activation=activation, query_start_loc=_starts(seq_idx)
+    )  # fmt: skip
+    assert isinstance(out, torch.Tensor)
+    return out.t().view(B, L, D).transpose(1, 2).masked_fill(seq_idx[:, None] < 0, 0)
+
+
+def _starts(seq_idx: torch.Tensor) -> torch.Tensor:
+    """``query_start_loc`` of the runs of equal numbers in the rows of ``seq_idx [B, L]``, one row after another."""
+    T = seq_idx.numel()
+    begins = torch.ones_like(seq_idx, dtype=torch.bool)
+    begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    token = torch.arange(T, dtype=torch.int32, device=seq_idx.device)
+    if seq_idx.is_cpu:  # noqa: SIM108 - two ways, each with its reason
+        starts = token[begins.flatten()]
+    else:  # how many there are would have to be waited for: the rest are empty, at the end
+        starts = torch.where(begins.flatten(), token, T).sort().values.int()
+    return torch.cat([starts, torch.full_like(token[:1], T)]) if T else token.new_zeros(1)
 
 
 def causal_conv1d_update(

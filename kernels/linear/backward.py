@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 
+from tp_mamba.kernels.common.dispatch import use_triton
 from tp_mamba.kernels.common.dtypes import HALVES, wide_dtype
 from tp_mamba.kernels.common.integers import cdiv
 from tp_mamba.kernels.linear.launch import slice_count, slice_width
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """What the gradients of a product of ``x`` are multiplied in."""
+    return x.dtype if use_triton(x) and x.dtype in HALVES else wide_dtype(x.dtype)
 
 
 def product_gradients(
@@ -27,7 +33,7 @@ def product_gradients(
         weight: ``[out, k]`` in the dtype of x.
         wanted: as ``ctx.needs_input_grad`` begins: of x, of weight.
     """
-    dtype = x.dtype if x.is_cuda and x.dtype in HALVES else wide_dtype(x.dtype)
+    dtype = product_dtype(x)
     dy = dy.to(dtype)
     dx = torch.mm(dy, weight.to(dtype)).to(x.dtype) if wanted[0] else None
     dweight = torch.mm(dy.t(), x.to(dtype)).to(weight.dtype) if wanted[1] else None

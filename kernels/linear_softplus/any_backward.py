@@ -15,8 +15,8 @@ import triton.language as tl
 from tp_mamba.kernels.common.approximations import sigmoid
 from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.dialect import add
-from tp_mamba.kernels.common.gradients import sum_of_partials
 from tp_mamba.kernels.common.integers import cdiv
+from tp_mamba.kernels.common.partial_sums import sum_partials
 from tp_mamba.kernels.linear_softplus.launch import backward_plan
 
 
@@ -93,4 +93,4 @@ def launch(
             BLOCK_T=plan.BLOCK_T, BLOCK_D=plan.BLOCK_D, BLOCK_R=plan.BLOCK_R, num_warps=plan.num_warps,
         )  # fmt: skip
     if dbias is not None and partials is not None:
-        dbias.copy_(sum_of_partials(partials, dbias.dtype))
+        sum_partials(dbias, partials)

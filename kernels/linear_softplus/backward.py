@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from tp_mamba.kernels.common.dispatch import use_triton
-from tp_mamba.kernels.common.dtypes import HALVES, wide_dtype
 from tp_mamba.kernels.common.gradients import refuse_second_derivative
-from tp_mamba.kernels.linear.backward import product_gradients
+from tp_mamba.kernels.linear.backward import product_dtype, product_gradients
 
 _BACKWARD = "tp_mamba::linear_softplus_backward"
 
@@ -73,8 +72,6 @@ def save_linear_softplus(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor
 
 def linear_softplus_gradients(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
-    # On a GPU the products take dv in the dtype of their other operands.
-    dv_dtype = x.dtype if x.is_cuda and x.dtype in HALVES else wide_dtype(x.dtype)
-    dv, dbias = torch.ops.tp_mamba.linear_softplus_backward(dout, x, weight, bias, dv_dtype)
+    dv, dbias = torch.ops.tp_mamba.linear_softplus_backward(dout, x, weight, bias, product_dtype(x))
     dx, dweight = product_gradients(dv, x, weight, ctx.needs_input_grad)
     return dx, dweight, None if bias is None else dbias

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from tp_mamba.kernels.common.device import on_device_of
-from tp_mamba.kernels.common.gradients import sum_of_partials
 from tp_mamba.kernels.common.integers import cdiv
+from tp_mamba.kernels.common.partial_sums import sum_partials
 from tp_mamba.kernels.rms_norm.launch import backward_plan
 
 
@@ -123,4 +123,4 @@ def launch(
             BLOCK_T=plan.BLOCK_T, BLOCK_H=plan.BLOCK_H, AHEAD=plan.ahead, num_warps=plan.num_warps,
         )  # fmt: skip
     if dweight is not None and partials is not None:
-        dweight.copy_(sum_of_partials(partials, dweight.dtype))
+        sum_partials(dweight, partials)

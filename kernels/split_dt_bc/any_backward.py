@@ -14,9 +14,9 @@ import triton.language as tl
 
 from tp_mamba.kernels.common.device import on_device_of
 from tp_mamba.kernels.common.integers import cdiv
+from tp_mamba.kernels.common.partial_sums import sum_partials
 from tp_mamba.kernels.linear.cpu import add_slices_cpu
-from tp_mamba.kernels.rms_norm.launch import MOST_PROGRAMS
-from tp_mamba.kernels.split_dt_bc.launch import launch_plan
+from tp_mamba.kernels.split_dt_bc.launch import MOST_SUMS, launch_plan
 
 
 @triton.jit(do_not_specialize=["T", "steps"])
@@ -111,9 +111,9 @@ def launch(
         x = add_slices_cpu(x)
     weights, dweights = (dt_weight, b_weight, c_weight), (ddt_weight, db_weight, dc_weight)
     plan = launch_plan(R, N, False, ddt.dtype)
-    steps = cdiv(max(T, 1), plan.BLOCK_T * MOST_PROGRAMS)
-    programs = cdiv(T, plan.BLOCK_T * steps)
     weighted = any(weight is not None for weight in weights)
+    steps = cdiv(max(T, 1), plan.BLOCK_T * MOST_SUMS) if weighted else 1
+    programs = cdiv(T, plan.BLOCK_T * steps)
     partials = dx.new_empty(programs, R + 2 * N, dtype=torch.float32) if weighted else None
     if T:
         with on_device_of(dx):
@@ -123,7 +123,7 @@ def launch(
                 BLOCK_T=plan.BLOCK_T, BLOCK_R=plan.BLOCK_R, BLOCK_N=plan.BLOCK_N, num_warps=plan.num_warps,
             )  # fmt: skip
     if partials is not None:
-        sums = partials.sum(0).split([R, N, N])
-        for dweight, weight, total in zip(dweights, weights, sums, strict=True):
+        of_weights = partials.split([R, N, N], 1)
+        for dweight, weight, columns in zip(dweights, weights, of_weights, strict=True):
             if weight is not None:
-                dweight.copy_(total)
+                sum_partials(dweight, columns)

@@ -14,6 +14,9 @@ import torch
 
 from tp_mamba.kernels.common.integers import next_power_of_2
 
+MOST_SUMS = 1024
+"""Programs of a backward that has sums over tokens to write, a row each: enough to hide one another's latency."""
+
 
 @dataclass(frozen=True)
 class LaunchPlan:

@@ -48,4 +48,5 @@ def assert_as_good_as(
     exact = gradients(reference, double(here), names)
     in_dtype = gradients(reference, here, names)
     for name in names:
-        assert_within_twice(actual[name], in_dtype[name], exact[name])
+        # Four float32 ulp for the GPU's own exponential and reciprocal, whose errors no long sum averages out.
+        assert_within_twice(actual[name], in_dtype[name], exact[name], approximate=4.0)

@@ -14,6 +14,7 @@ from kernel_testing import to
 
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from tp_mamba.kernels.causal_conv1d.reference import causal_conv1d_reference
+from tp_mamba.kernels.compat.causal_conv1d import causal_conv1d_fn as by_number
 
 LENGTHS = (1, 0, 9, 2, 3, 29)
 """Of packed sequences: none, one token, fewer than the window, and no multiple of any tile."""
@@ -314,3 +315,40 @@ def test_no_second_derivative() -> None:
     (dx,) = torch.autograd.grad(causal_conv1d_fn(x, weight, activation="silu").sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="causal_conv1d_backward: second derivatives are not available"):
         torch.autograd.grad(dx.sum(), x)
+
+
+@torch.enable_grad()
+def check_seq_idx(device: str) -> None:
+    """Sequences of a dense batch by number, padding with -1: values and gradients of each sequence on its own."""
+    numbers = torch.tensor([[3, 3, 3, 4, 4, -1, -1], [0, 1, 1, 1, 1, 1, 1]], dtype=torch.int32, device=device)
+    for layout in ("token_major", "channel_major"):
+        inputs = to(make((2, 8, 7), layout=layout, initial=False), torch.device(device))
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        out = by_number(**leaves, seq_idx=numbers, activation="silu")
+        parts = [(0, 0, 3), (0, 3, 5), (1, 0, 1), (1, 1, 7)]
+        expected = torch.zeros_like(out)
+        for b, start, stop in parts:
+            part = {**leaves, "x": leaves["x"][b : b + 1, :, start:stop]}
+            expected[b, :, start:stop] = causal_conv1d_fn(**part, activation="silu")[0]
+        torch.testing.assert_close(out, expected)
+        dout = cotangent(out)
+        found, right = (torch.autograd.grad(y, list(leaves.values()), dout) for y in (out, expected))
+        for name, actual, exact in zip(leaves, found, right, strict=True):
+            torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@EVERYWHERE
+def test_seq_idx(where: str) -> None:
+    run_on(where, check_seq_idx)
+
+
+def test_seq_idx_of_wrong_shape_or_with_states_is_refused() -> None:
+    x, weight, numbers = torch.zeros(2, 6, 9), torch.zeros(6, 4), torch.zeros(2, 9, dtype=torch.int32)
+    for arguments, message in (
+        ({"seq_idx": numbers[:1]}, r"seq_idx has shape \[1, 9\] but \[B, L\] is \[2, 9\] here"),
+        ({"seq_idx": numbers.float()}, "seq_idx has dtype torch.float32 but must be int32 or int64"),
+        ({"seq_idx": numbers, "return_final_states": True}, "seq_idx does not go with states: pack"),
+        ({"seq_idx": numbers, "conv_states": torch.zeros(2, 6, 3)}, "does not go with conv_states: pack"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            by_number(x, weight, **arguments)

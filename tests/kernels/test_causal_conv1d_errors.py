@@ -17,7 +17,7 @@ STATES = torch.zeros(3, 6, 3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seq_idx": torch.zeros(2, 9)}, r"seq_idx is not supported: .* as query_start_loc"),
+        ({"seq_idx": torch.zeros(2, 9)}, r"seq_idx is not supported: .* as query_start_loc, or call"),
         ({"activation": "gelu"}, r"the unknown activation 'gelu'; use \"silu\""),
         (
             {"weight": torch.zeros(6, 5)},
