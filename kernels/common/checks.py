@@ -8,7 +8,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 
-from tp_mamba.kernels.common.dtypes import FLOATS
+from tp_mamba.kernels.common.dtypes import ANY_FLOAT, FLOATS
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,7 +56,7 @@ def check_floating(op: str, tensors: NamedOperands) -> None:
 def check_dtype(op: str, what: str, dtype: torch.dtype) -> None:
     """Raise ValueError, ``what`` before the dtype, for one that is not one of ``DTYPES``."""
     if dtype not in FLOATS:
-        raise ValueError(f"{op}: {what} {dtype}: use float32, bfloat16, float16 or float64")
+        raise ValueError(f"{op}: {what} {dtype}: use {ANY_FLOAT}")
 
 
 def check_indices(op: str, tensors: NamedOperands) -> None:

@@ -14,6 +14,9 @@ DTYPES: dict[str, torch.dtype] = {
 
 FLOATS = frozenset(DTYPES.values())
 
+ANY_FLOAT = " or ".join(", ".join(DTYPES).rsplit(", ", 1))
+"""The names, as a sentence gives a choice of them."""
+
 HALVES = frozenset((torch.bfloat16, torch.float16))
 """The dtypes of 16 bits, which tensor cores multiply with sums in float32."""
 

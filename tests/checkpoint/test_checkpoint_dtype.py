@@ -28,7 +28,9 @@ def test_most_numbers_decide(tmp_path):
 
 
 def test_no_weights_at_all(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no tensor in float32, bfloat16 or float16: convert it"):
+    with pytest.raises(
+        CheckpointError, match="holds no tensor in float32, bfloat16, float16 or float64: convert it"
+    ):
         checkpoint_dtype(source_of(tmp_path, a=torch.int8))
 
 

@@ -9,6 +9,7 @@ import torch
 
 from tp_mamba.checkpoint.errors import CheckpointError
 from tp_mamba.checkpoint.sources.base import TensorSource
+from tp_mamba.kernels.common.dtypes import ANY_FLOAT
 
 _PLAIN = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 _PACKED = ("I8", "U8", "int8", "uint8")
@@ -26,8 +27,8 @@ def checkpoint_dtype(source: TensorSource) -> torch.dtype:
             numbers[source.dtype(name)] += prod(source.shape(name))
     if not numbers:
         raise CheckpointError(
-            "the checkpoint holds no tensor in float32, bfloat16 or float16: convert it to one of them, or give the "
-            "folder of a Mamba-1 model"
+            f"the checkpoint holds no tensor in {ANY_FLOAT}: convert it to one of them, or give the folder of a "
+            "Mamba-1 model"
         )
     return max(numbers, key=numbers.__getitem__)
 

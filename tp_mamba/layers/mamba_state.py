@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from tp_mamba.batch import NULL_SLOT, MambaMetadata
-from tp_mamba.kernels.common.dtypes import FLOATS
+from tp_mamba.kernels.common.dtypes import ANY_FLOAT, FLOATS
 
 
 class MambaState(NamedTuple):
@@ -66,9 +66,7 @@ def state_for(
                 "model's device"
             )
         if tensor.dtype not in FLOATS:
-            raise ValueError(
-                f"{name}: {part} is in {tensor.dtype}: keep states in float32, bfloat16, float16 or float64"
-            )
+            raise ValueError(f"{name}: {part} is in {tensor.dtype}: keep states in {ANY_FLOAT}")
     if batch.max_slot >= slots:
         raise ValueError(
             f"{name}: the batch names slot {batch.max_slot} of a state with {slots} slots: pass slots that the cache's "
