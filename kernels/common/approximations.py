@@ -69,19 +69,31 @@ def silu_slope(x):
 
 
 @triton.jit
+def _exp_of_minus_abs(x):
+    """``exp(-|x|)``, float32, to 2 ulp."""
+    # No smaller result than exp(-87), which changes no state; infinity would be NaN.
+    a = tl.minimum(tl.abs(x), 87.0)
+    p = a * -LOG2_E
+    e = ex2(p)
+    # The rounding of p is many ulp of a small e: put right to first order.
+    return tl.fma(e, tl.fma(a, -LOG2_E, -p) * LN_2, e)
+
+
+@triton.jit
+def softplus_slope(x):
+    """The derivative of :func:`softplus`, ``1 / (1 + exp(-x))``, to a few ulp over the whole range."""
+    e = _exp_of_minus_abs(x)
+    return tl.where(x >= 0.0, 1.0, e) * rcp(1.0 + e)
+
+
+@triton.jit
 def softplus(x):
     """``log1p(exp(x))``, float32, to a few ulp over the whole range.
 
     As ``max(x, 0) + log1p(e)`` with ``e = exp(-|x|)`` at most 1. (Above 20 the second term is below half an ulp of
     the first, so this is also the passthrough of ``torch.nn.functional.softplus``.) NaN stays NaN.
     """
-    a = tl.minimum(
-        tl.abs(x), 87.0
-    )  # no smaller e than exp(-87), which changes no state; infinity would be NaN
-    p = a * -LOG2_E
-    e = ex2(p)
-    # The rounding of p is many ulp of a small e: put right to first order.
-    e = tl.fma(e, tl.fma(a, -LOG2_E, -p) * LN_2, e)
+    e = _exp_of_minus_abs(x)
     # log1p(e) = 2 atanh(s) = s * P(s * s), s <= 1/3; P is a minimax fit, its relative error 4e-9.
     s = e * rcp(2.0 + e)
     t = s * s

@@ -1,16 +1,18 @@
-"""mamba_ssm 2's functions, forward only: the two operators with what its forks add, and a mixer's whole inner part."""
+"""mamba_ssm 2's functions: the two operators with what its forks add, and a mixer's whole inner part."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn
-from tp_mamba.kernels.common.checks import check_device, check_floating, check_shape, refuse_grad
+from tp_mamba.kernels.common.checks import check_device, check_floating, check_shape
 from tp_mamba.kernels.compat.keywords import Unused, only_defaults
 from tp_mamba.kernels.rms_norm import rms_norm
 from tp_mamba.kernels.selective_scan import selective_scan
 from tp_mamba.kernels.selective_scan import selective_scan_fn as _scan
+from tp_mamba.kernels.selective_scan.checks import wants_gradient
 from tp_mamba.kernels.selective_state_update import selective_state_update
 
 __all__ = ["mamba_inner_fn", "selective_scan_fn", "selective_state_update"]
@@ -109,7 +111,8 @@ def mamba_inner_fn(
     """A Mamba-1 mixer between its input projection and its result, for whole sequences from a state of zeros.
 
     Convolution with SiLU, x_proj, norms of dt, B and C where weights are given, dt_proj, the gated scan, out_proj.
-    Matched: mamba_ssm's ``mamba_inner_fn``, whose products are taken in the dtype of ``xz`` too. Forward only.
+    Matched: mamba_ssm's ``mamba_inner_fn``, whose products are taken in the dtype of ``xz`` too. It has gradients for
+    every tensor.
 
     Args:
         xz: ``[B, 2 D, L]``, x before z; any strides.
@@ -122,7 +125,8 @@ def mamba_inner_fn(
         D, delta_bias: ``[D]`` or None.
         B_proj_bias, C_proj_bias: ``[N]``, added to x_proj's B and C; or None.
         delta_softplus: apply softplus to the time steps.
-        checkpoint_lvl: 0 or 1, what a backward would compute again: of no effect.
+        checkpoint_lvl: what the backward computes again. 0: nothing. 1: all between ``xz`` and the output of the gate,
+            of which nothing is kept; mamba_ssm computes the convolution and the time steps again, and keeps the rest.
         b_rms_weight, c_rms_weight: ``[N]``; dt_rms_weight: ``[R]``; each norms its part of x_proj's result. Or None.
         b_c_dt_rms_eps: added to the mean squares of those norms.
         others: ``cu_seqlens`` and ``seq_idx``, which forks add, must be None.
@@ -132,7 +136,7 @@ def mamba_inner_fn(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
-        RuntimeError: an input requires grad while grad mode is on.
+        RuntimeError: a second gradient is asked for.
     """
     op = "mamba_inner_fn"
     only_defaults(op, others, _INNER_UNUSED)
@@ -145,7 +149,6 @@ def mamba_inner_fn(
     ]  # fmt: skip
     check_floating(op, named)
     check_device(op, xz.device, "xz", named)
-    refuse_grad(op, named)
     if not isinstance(checkpoint_lvl, int) or checkpoint_lvl not in (0, 1):
         raise ValueError(f"{op}: checkpoint_lvl is {checkpoint_lvl!r}: expected 0 or 1")
     for name, x, letters, dims in (
@@ -186,21 +189,26 @@ def mamba_inner_fn(
                     f"{op}: {name} is {weight.dtype} and xz {xz.dtype}: convert one, or call it under torch.autocast"
                 )
 
-    x, z = xz.chunk(2, dim=1)
-    u = causal_conv1d_fn(x, conv1d_weight[:, 0], conv1d_bias, activation="silu")
-    assert isinstance(u, torch.Tensor)
-    projected = F.linear(u.transpose(1, 2), x_proj_weight)
-    dt, b, c = projected.split([rank, of_b, of_c], dim=-1)
-    if dt_rms_weight is not None:
-        dt = rms_norm(dt, dt_rms_weight, b_c_dt_rms_eps)
-    delta = F.linear(dt, delta_proj_weight).transpose(1, 2)
-    if B is None:
-        B = _with_bias_and_norm(b, B_proj_bias, b_rms_weight, b_c_dt_rms_eps)
-    if C is None:
-        C = _with_bias_and_norm(c, C_proj_bias, c_rms_weight, b_c_dt_rms_eps)
-    y = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    assert isinstance(y, torch.Tensor)
-    return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+    def until_gate(xz: torch.Tensor) -> torch.Tensor:
+        x, z = xz.chunk(2, dim=1)
+        u = causal_conv1d_fn(x, conv1d_weight[:, 0], conv1d_bias, activation="silu")
+        assert isinstance(u, torch.Tensor)
+        projected = F.linear(u.transpose(1, 2), x_proj_weight)
+        dt, b, c = projected.split([rank, of_b, of_c], dim=-1)
+        if dt_rms_weight is not None:
+            dt = rms_norm(dt, dt_rms_weight, b_c_dt_rms_eps)
+        delta = F.linear(dt, delta_proj_weight).transpose(1, 2)
+        b = _with_bias_and_norm(b, B_proj_bias, b_rms_weight, b_c_dt_rms_eps) if B is None else B
+        c = _with_bias_and_norm(c, C_proj_bias, c_rms_weight, b_c_dt_rms_eps) if C is None else C
+        y = _scan(u, delta, A, b, c, D, z, delta_bias, delta_softplus)
+        assert isinstance(y, torch.Tensor)
+        return y.transpose(1, 2)
+
+    if checkpoint_lvl and wants_gradient(x for _, x in named):
+        y = checkpoint(until_gate, xz, use_reentrant=False, preserve_rng_state=False)
+    else:
+        y = until_gate(xz)
+    return F.linear(y, out_proj_weight, out_proj_bias)
 
 
 def _with_bias_and_norm(

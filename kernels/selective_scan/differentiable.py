@@ -1,7 +1,7 @@
 """The selective scan with gradients: a functional op, its backward as a second op, and the function that calls them.
 
 The forward is that of the in-place op, bit for bit. It also saves the state before every :data:`SAVE_EVERY`-th token of
-each sequence, float32: ``4 N / SAVE_EVERY`` bytes per token and channel, 4 at N = 16, which is all that is saved beside
+each sequence, float32: ``4 N / SAVE_EVERY`` bytes per token and channel, 1 at N = 16, which is all that is saved beside
 the inputs. The backward recomputes the states in between from them, forward, as they were computed at first: the
 recurrence run backwards from the last state would divide by decays that may be zero.
 
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from tp_mamba.kernels.common.checks import check_device, check_floating, check_shape, without_gaps
-from tp_mamba.kernels.common.dispatch import calls_directly
+from tp_mamba.kernels.common.dispatch import calls_directly, use_triton
 from tp_mamba.kernels.common.dtypes import wide_dtype
 from tp_mamba.kernels.common.remember import Form, Key, forms, key_of, remembered
 from tp_mamba.kernels.selective_scan.arguments import ScanBackward
@@ -36,8 +36,8 @@ from tp_mamba.kernels.selective_scan.operator import selective_scan_in_place
 
 _OP = "selective_scan"
 
-SAVE_EVERY = 16
-"""Tokens from one saved state to the next."""
+SAVE_EVERY, SAVE_EVERY_CPU = 64, 16
+"""Tokens from one saved state to the next. In plain torch a stretch of states should fit a cache."""
 
 torch.library.define(
     "tp_mamba::selective_scan_functional",
@@ -95,26 +95,36 @@ def _forward(
         final if states is None else None, -1, out, saved if save_every else None, save_every or 1,
     )  # fmt: skip
     if query_start_loc is not None:
-        _zero_outside([out], query_start_loc)
+        if use_triton(u):
+            from tp_mamba.kernels.selective_scan.outside import zero_outside
+
+            zero_outside(out, query_start_loc)
+        else:
+            _zero_outside(out, query_start_loc)
     return out, final, saved
 
 
 def _backward(*arguments: Any) -> list[torch.Tensor]:
     call = ScanBackward(*arguments)
     grads = call.gradients()
+    if use_triton(call.u):
+        from tp_mamba.kernels.selective_scan.backward import selective_scan_backward
+
+        selective_scan_backward(call, grads)
+        return [x for x in grads if x is not None]
     selective_scan_backward_cpu(call, grads)
     if call.query_start_loc is not None:
-        by_token = (grads.u, grads.delta, grads.z, grads.B, grads.C)
-        _zero_outside([x for x in by_token if x is not None], call.query_start_loc)
+        for x in (grads.u, grads.delta, grads.z, grads.B, grads.C):
+            if x is not None:
+                _zero_outside(x, call.query_start_loc)
     return [x for x in grads if x is not None]
 
 
-def _zero_outside(tensors: list[torch.Tensor], starts: torch.Tensor) -> None:
+def _zero_outside(x: torch.Tensor, starts: torch.Tensor) -> None:
     """Zeros for the tokens (the last dimension) that no sequence has, which nothing has written."""
     first, stop = int(starts[0]), int(starts[-1])
-    for x in tensors:
-        x[..., :first] = 0
-        x[..., stop:] = 0
+    x[..., :first] = 0
+    x[..., stop:] = 0
 
 
 torch.library.impl("tp_mamba::selective_scan_functional", ("cpu", "cuda"), _forward)
@@ -230,11 +240,12 @@ def selective_scan(
     _check(tuple(map(key_of, floating)), key_of(query_start_loc), key_of(initial_states))
     B, C = in_equal_groups(B, C, u, query_start_loc is not None)
     wants_grad = wants_gradient(tensors)
+    save_every = SAVE_EVERY if use_triton(u) else SAVE_EVERY_CPU
     direct = not wants_grad and calls_directly(*tensors, query_start_loc)
     op = _forward if direct else torch.ops.tp_mamba.selective_scan_functional
     out, final_states, _ = op(
         u, delta, A, B, C, D, None if return_ungated else z, delta_bias, initial_states, delta_softplus,
-        without_gaps(query_start_loc), SAVE_EVERY if wants_grad else 0,
+        without_gaps(query_start_loc), save_every if wants_grad else 0,
     )  # fmt: skip
     asked: tuple[torch.Tensor, ...] = (final_states,) if return_final_states else ()
     if return_ungated:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from tp_mamba.kernels.common.device import DeviceProperties
-from tp_mamba.kernels.common.integers import cdiv
+from tp_mamba.kernels.common.integers import cdiv, next_power_of_2
 from tp_mamba.kernels.common.state_tile import BLOCK_D, state_tile
 
 STATE_SIZES = (4, 8, 16, 32)
@@ -77,3 +77,81 @@ def any_plan(sequences: int, channels: int, n: int) -> LaunchPlan:
     """The plan of the kernel for any layout."""
     block_n, num_warps = state_tile(n)
     return LaunchPlan((sequences, cdiv(channels, BLOCK_D)), block_n, BLOCK_D, STEPS, 1, num_warps)
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """One launch of the backward for a mixer's layout."""
+
+    grid: tuple[int, int]
+    """Sequences, blocks of channels."""
+    block_d: int
+    """Channels per program."""
+    lanes: int
+    """Threads that share a channel's states."""
+    steps: int
+    """Tokens whose states are in registers together."""
+    groups: int
+    """Groups of so many from one saved state to the next."""
+    part: int
+    """Tokens whose B and C are in registers, and whose products are summed over channels, together."""
+    stages: int
+    """Groups of tokens in flight, and that which is computed."""
+    num_warps: int
+
+
+@functools.lru_cache(maxsize=1024)
+def backward_plan(sequences: int, channels: int, n: int, save_every: int) -> BackwardPlan:
+    """The plan of the backward for a mixer's layout."""
+    return backward_plan_of(sequences, channels, n, save_every)
+
+
+def backward_plan_of(
+    sequences: int,
+    channels: int,
+    n: int,
+    save_every: int,
+    lanes: int | None = None,
+    block_d: int = 32,
+    steps: int = 8,
+    part: int = 4,
+    stages: int = 3,
+) -> BackwardPlan:
+    """The plan of the backward for a mixer's layout with a given cut."""
+    lanes, steps = lanes or n // 4, math.gcd(steps, save_every)
+    return BackwardPlan(
+        (sequences, cdiv(channels, block_d)), block_d, lanes, steps, save_every // steps, math.gcd(part, steps), stages,
+        max(1, lanes * block_d // 32),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AnyBackwardPlan:
+    """One launch of the backward for any layout."""
+
+    grid: tuple[int, int]
+    """Sequences, blocks of channels."""
+    blocks: int
+    """Blocks of channels per group."""
+    block_n: int
+    block_d: int
+    steps: int
+    """Tokens whose states are in memory together."""
+    groups: int
+    """Groups of so many from one saved state to the next."""
+    num_warps: int
+
+
+@functools.lru_cache(maxsize=1024)
+def any_backward_plan(
+    sequences: int, channels: int, n: int, groups_of_channels: int, save_every: int
+) -> AnyBackwardPlan:
+    """The plan of the backward for any layout. A block of channels lies within one group."""
+    group_size = channels // groups_of_channels
+    block_n, num_warps = state_tile(n)
+    block_d = min(BLOCK_D, next_power_of_2(group_size))
+    blocks, steps = cdiv(group_size, block_d), math.gcd(8, save_every)
+    return AnyBackwardPlan(
+        (sequences, groups_of_channels * blocks), blocks, block_n, block_d, steps, save_every // steps,
+        max(1, num_warps * block_d // BLOCK_D),
+    )  # fmt: skip

@@ -18,18 +18,17 @@ from __future__ import annotations
 
 from typing import Any, no_type_check
 
-import torch
 import triton
 import triton.language as tl
 
-from tp_mamba.kernels.common.alignment import strides_in_words
 from tp_mamba.kernels.common.approximations import LOG2_E, silu, softplus
 from tp_mamba.kernels.common.device import device_properties
 from tp_mamba.kernels.common.dialect import add, jit_by_type
 from tp_mamba.kernels.common.launches import Launch, launcher
 from tp_mamba.kernels.common.recurrence import recur
 from tp_mamba.kernels.selective_scan.launch import STATE_SIZES, mixer_plan
-from tp_mamba.kernels.selective_scan.operands import call_of, flags_of, strides_of
+from tp_mamba.kernels.selective_scan.operands import call_of, flags_of, rows_aligned, strides_of
+from tp_mamba.kernels.selective_scan.tiles import by_state, computed_once, of_token, stack, unstack
 
 GROUPS_IN_FLIGHT = tl.constexpr(3)
 """Groups of tokens in registers: the present one and those that are being loaded."""
@@ -39,63 +38,6 @@ GROUPS_IN_FLIGHT = tl.constexpr(3)
 def first_saved_row(i_s, first, length, every, VARLEN: tl.constexpr):
     """The row of ``saved_states`` with the initial state of sequence ``i_s``, which begins at token ``first``."""
     return first // every + i_s if VARLEN else i_s * ((length - 1) // every + 1)
-
-
-@triton.jit
-def _unstack(x, COUNT: tl.constexpr):
-    """``[M, COUNT]`` -> COUNT tensors ``[M]``."""
-    # Cut from the last bit of the index up: the first cut asks for the whole tile's new layout, the rest are free.
-    if COUNT == 1:
-        return (tl.reshape(x, [x.shape[0]]),)
-    else:  # noqa: RET505 - Triton compiles one branch
-        even, odd = tl.split(tl.reshape(x, [x.shape[0], COUNT // 2, 2]))
-        even = _unstack(even, COUNT // 2)
-        odd = _unstack(odd, COUNT // 2)
-        both = ()
-        for i in tl.static_range(COUNT // 2):
-            both = both + (even[i], odd[i])
-        return both
-
-
-@triton.jit
-def _stack(rows, COUNT: tl.constexpr):
-    """COUNT tensors ``[M]`` -> ``[M, COUNT]``."""
-    if COUNT == 1:
-        return tl.reshape(rows[0], [rows[0].shape[0], 1])
-    else:  # noqa: RET505 - Triton compiles one branch
-        even = ()
-        odd = ()
-        for i in tl.static_range(COUNT // 2):
-            even = even + (rows[2 * i],)
-            odd = odd + (rows[2 * i + 1],)
-        x = tl.join(_stack(even, COUNT // 2), _stack(odd, COUNT // 2))
-        return tl.reshape(x, [x.shape[0], COUNT])
-
-
-@triton.jit
-def _computed_once(x, STEPS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``x [STEPS, BLOCK_D]``, which the compiler is kept from computing anew in the layout that it is needed in.
-
-    There every channel's threads would all compute all tokens. No layout is carried back over a scan; one of a single
-    element is no instruction.
-    """
-    return tl.reshape(tl.associative_scan(tl.reshape(x, [STEPS, BLOCK_D, 1]), 2, add), [STEPS, BLOCK_D])
-
-
-@triton.jit
-def _by_state(x, STEPS: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr):
-    """A tile of B or C ``[STEPS, N]`` -> tensors ``[LANES]``; that of a lane's state i and token s is i * STEPS + s."""
-    x = tl.permute(tl.reshape(x.to(tl.float32), [STEPS, PER_LANE // 4, LANES, 4]), [2, 1, 3, 0])
-    return _unstack(tl.reshape(x, [LANES, PER_LANE * STEPS]), PER_LANE * STEPS)
-
-
-@triton.jit
-def _of_token(by_state, s: tl.constexpr, STEPS: tl.constexpr, PER_LANE: tl.constexpr):
-    """Token s's B or C of what ``_by_state`` gave: PER_LANE tensors ``[LANES, 1]``."""
-    states = ()
-    for i in tl.static_range(PER_LANE):
-        states = states + (by_state[i * STEPS + s][:, None],)
-    return states
 
 
 @triton.jit
@@ -113,22 +55,22 @@ def _group(
     if HAS_BIAS:
         delta = delta + bias
     if SOFTPLUS:
-        delta = _computed_once(softplus(delta), STEPS, BLOCK_D)
+        delta = computed_once(softplus(delta), STEPS, BLOCK_D)
     if MASKED and (HAS_BIAS or SOFTPLUS):
         delta = tl.where(valid, delta, 0.0)  # a step of no length: the decay is one, the input zero
-    deltas = _unstack(tl.trans(delta), STEPS)
-    dus = _unstack(tl.trans(delta * u), STEPS)
-    b = _by_state(b, STEPS, LANES, PER_LANE)
-    c = _by_state(c, STEPS, LANES, PER_LANE)
+    deltas = unstack(tl.trans(delta), STEPS)
+    dus = unstack(tl.trans(delta * u), STEPS)
+    b = by_state(b, STEPS, LANES, PER_LANE)
+    c = by_state(c, STEPS, LANES, PER_LANE)
     ys = ()
     for s in tl.static_range(STEPS):
         h, y = recur(
             h, a, deltas[s][None, :], dus[s][None, :],
-            _of_token(b, s, STEPS, PER_LANE), _of_token(c, s, STEPS, PER_LANE), PER_LANE,
+            of_token(b, s, STEPS, PER_LANE), of_token(c, s, STEPS, PER_LANE), PER_LANE,
         )  # fmt: skip
         # A reduction over lanes exchanges the halves first: the order in which ``recur`` adds within a thread.
         ys = ys + (tl.reduce(y, 0, add),)
-    y = _computed_once(tl.trans(_stack(ys, STEPS)), STEPS, BLOCK_D)
+    y = computed_once(tl.trans(stack(ys, STEPS)), STEPS, BLOCK_D)
     if HAS_D:
         y = tl.fma(u, tl.broadcast_to(skip, [STEPS, BLOCK_D]), y)
     if HAS_Z:
@@ -325,7 +267,7 @@ def launch(*arguments: Any) -> Launch | None:
     strides, (channels, n), sequences = strides_of(call), call.A.shape, call.sequences
     B, C = call.B, call.C
     served = strides.token_major and B.shape[-3] == 1 and n in STATE_SIZES
-    if not (served and _aligned(4 * B.element_size(), B) and _aligned(4 * C.element_size(), C)):
+    if not (served and rows_aligned(4 * B.element_size(), B) and rows_aligned(4 * C.element_size(), C)):
         return None
     if sequences == 0 or channels == 0:
         return None
@@ -339,13 +281,8 @@ def launch(*arguments: Any) -> Launch | None:
         call.save_states_every, *(of_x[1] for of_x in by_token), strides.B[1], strides.C[1],
     )  # fmt: skip
     constants = {
-        "ALIGNED": all(_aligned(16, x) for x in in_rows), "N": n, "LANES": plan.lanes, "BLOCK_D": plan.block_d,
+        "ALIGNED": all(rows_aligned(16, x) for x in in_rows), "N": n, "LANES": plan.lanes, "BLOCK_D": plan.block_d,
         "EVEN_D": channels % plan.block_d == 0, "STEPS": plan.steps, "num_warps": plan.num_warps,
         "enable_fp_fusion": False, **flags_of(call),
     }  # fmt: skip
     return Launch(selective_scan_tiles_kernel, plan.grid, values, constants)
-
-
-def _aligned(size: int, x: torch.Tensor) -> bool:
-    """Whether every token's row, which is the last dimension but one, begins at a multiple of ``size`` bytes."""
-    return size % x.element_size() == 0 and strides_in_words(x, size // x.element_size(), -2) is not None

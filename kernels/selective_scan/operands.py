@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tp_mamba.kernels.common.alignment import strides_in_words
 from tp_mamba.kernels.selective_scan.arguments import SelectiveScan
 
 
@@ -36,13 +37,13 @@ def strides_of(call: SelectiveScan) -> Strides:
     packed = call.query_start_loc is not None
     D, bias, states = call.D, call.delta_bias, call.ssm_states
     return Strides(
-        u=_by_token(call.u, packed),
-        delta=_by_token(call.delta, packed),
-        z=_by_token(call.z, packed),
-        out=_by_token(call.out, packed),
+        u=by_token(call.u, packed),
+        delta=by_token(call.delta, packed),
+        z=by_token(call.z, packed),
+        out=by_token(call.out, packed),
         A=call.A.stride(),
-        B=_by_group(call.B, packed),
-        C=_by_group(call.C, packed),
+        B=by_group(call.B, packed),
+        C=by_group(call.C, packed),
         rest=(
             0 if D is None else D.stride(0),
             0 if bias is None else bias.stride(0),
@@ -51,7 +52,7 @@ def strides_of(call: SelectiveScan) -> Strides:
     )
 
 
-def _by_token(x: torch.Tensor | None, packed: bool) -> tuple[int, int, int]:
+def by_token(x: torch.Tensor | None, packed: bool) -> tuple[int, int, int]:
     """Strides (sequence, token, channel) of ``[B, D, L]`` or ``[D, T]``."""
     if x is None:
         return 0, 0, 1
@@ -59,7 +60,7 @@ def _by_token(x: torch.Tensor | None, packed: bool) -> tuple[int, int, int]:
     return (0 if packed else sequence[0]), token, channel
 
 
-def _by_group(x: torch.Tensor, packed: bool) -> tuple[int, int, int, int]:
+def by_group(x: torch.Tensor, packed: bool) -> tuple[int, int, int, int]:
     """Strides (sequence, token, group, state) of ``[B, G, N, L]`` or ``[G, N, T]``."""
     *sequence, group, state, token = x.stride()
     return (0 if packed else sequence[0]), token, group, state
@@ -96,3 +97,8 @@ def flags_of(call: SelectiveScan) -> dict[str, bool]:
         "HAS_LAST": call.last_state is not None,
         "HAS_SAVED": call.saved_states is not None,
     }
+
+
+def rows_aligned(size: int, x: torch.Tensor) -> bool:
+    """Whether every token's row, which is the last dimension but one, begins at a multiple of ``size`` bytes."""
+    return size % x.element_size() == 0 and strides_in_words(x, size // x.element_size(), -2) is not None

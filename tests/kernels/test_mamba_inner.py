@@ -1,4 +1,4 @@
-"""mamba_ssm's ``mamba_inner_fn`` and packed scan (``cu_seqlens``), forward only, against float64."""
+"""mamba_ssm's ``mamba_inner_fn`` and packed scan (``cu_seqlens``) against float64."""
 
 from __future__ import annotations
 
@@ -49,10 +49,12 @@ def inner_inputs(
     return inputs
 
 
-def inner_reference(p: dict[str, Any]) -> torch.Tensor:
+def inner_reference(
+    p: dict[str, Any], convolve: Any = causal_conv1d_reference, scan: Any = selective_scan_reference
+) -> torch.Tensor:
     """The steps of a mixer one after another, each rounded to the dtype of ``xz`` as mamba_ssm rounds it."""
     x, z = p["xz"].chunk(2, dim=1)
-    u = causal_conv1d_reference(x, p["conv1d_weight"][:, 0], p["conv1d_bias"], "silu")
+    u = convolve(x, p["conv1d_weight"][:, 0], p["conv1d_bias"], "silu")
     projected = F.linear(u.transpose(1, 2), p["x_proj_weight"])
     parts = {"dt": projected[..., :RANK], "B": projected[..., RANK : RANK + N], "C": projected[..., -N:]}
     for name, bias in (("B", p["B_proj_bias"]), ("C", p["C_proj_bias"])):
@@ -66,7 +68,7 @@ def inner_reference(p: dict[str, Any]) -> torch.Tensor:
             parts[name] = (wide * scale * weight).to(x.dtype)
     delta = F.linear(parts["dt"], p["delta_proj_weight"]).transpose(1, 2)
     B, C = (p[name] if name in p else parts[name].transpose(1, 2) for name in "BC")
-    y, _ = selective_scan_reference(u, delta, p["A"], B, C, p["D"], z, p["delta_bias"], True)
+    y, _ = scan(u, delta, p["A"], B, C, p["D"], z, p["delta_bias"], True)
     return F.linear(y.transpose(1, 2), p["out_proj_weight"], p["out_proj_bias"])
 
 
@@ -147,15 +149,57 @@ def test_inner_refuses(change: dict[str, Any], message: str) -> None:
     assert message in str(refusal.value)
 
 
-def test_inner_has_no_backward() -> None:
-    inputs = inner_inputs(16, 5, torch.float32)
-    inputs["out_proj_weight"].requires_grad_()
-    with pytest.raises(
-        RuntimeError, match="out_proj_weight requires grad but this op has no backward; call it under"
-    ):
-        mamba_inner_fn(**inputs)
-    with torch.no_grad():
-        mamba_inner_fn(**inputs)
+def plain_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, _: str) -> torch.Tensor:
+    """What autograd sees through."""
+    padded = F.pad(x, (weight.shape[1] - 1, 0))
+    return F.silu(F.conv1d(padded, weight[:, None], bias, groups=weight.shape[0]))
+
+
+def plain_scan(
+    u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor,
+    z: torch.Tensor, bias: torch.Tensor, _: bool,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """What autograd sees through."""
+    B, C = (x[..., None].expand(-1, -1, u.shape[2])[None] if x.dim() == 2 else x[:, None] for x in (B, C))
+    dt, h, ys = F.softplus(delta + bias[:, None]), torch.zeros_like(A), []
+    for t in range(u.shape[2]):
+        h = torch.exp(dt[..., t, None] * A) * h + dt[..., t, None] * B[..., t] * u[..., t, None]
+        ys.append((h * C[..., t]).sum(-1) + D * u[..., t])
+    return torch.stack(ys, -1) * F.silu(z), None
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("constant", ["", "BC"])
+def test_inner_gradients(constant: str, norms: bool) -> None:
+    """Every gradient in float64, with and without computing again; and in float32 the same bits both ways."""
+    inputs = inner_inputs(6, 19, torch.float64, constant, norms)
+    wide = double(inputs)
+    names = [name for name, x in wide.items() if isinstance(x, torch.Tensor)]
+    if constant:
+        wide |= {f"{name}_proj_bias": None for name in constant}
+    if norms and constant:  # what x_proj does not give is not normed
+        wide |= {"b_rms_weight": None, "c_rms_weight": None}
+    names = [name for name in names if wide[name] is not None]
+
+    def gradients(function: Any, given: dict[str, Any], **options: Any) -> list[torch.Tensor]:
+        leaves = {name: given[name].detach().requires_grad_() for name in names}
+        out = (
+            function(given | leaves)
+            if function is inner_reference
+            else function(**(given | leaves), **options)
+        )
+        upstream = randn(*out.shape, seed=20).to(out.dtype)
+        return list(torch.autograd.grad(out, list(leaves.values()), upstream))
+
+    expected = gradients(lambda **p: inner_reference(p, plain_convolution, plain_scan), wide)
+    for level in (0, 1):
+        actual = gradients(mamba_inner_fn, wide, checkpoint_lvl=level)
+        for name, grad, exact in zip(names, actual, expected, strict=True):
+            scale = exact.abs().max().item()
+            torch.testing.assert_close(grad, exact, rtol=1e-10, atol=1e-10 * scale, msg=name)
+    narrow = {name: x.float() if isinstance(x, torch.Tensor) else x for name, x in wide.items()}
+    kept, again = (gradients(mamba_inner_fn, narrow, checkpoint_lvl=level) for level in (0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(kept, again, strict=True))
 
 
 @pytest.mark.parametrize("form", ["constant", "per token", "two groups"])
