@@ -96,4 +96,5 @@ def _with_its_arguments(
     """What launches ``compiled``, given all of the kernel's arguments in its order, and those behind the tensors."""
     by_name = new.kernel.arg_names[tensors + len(new.values) :]
     grid = (*new.grid, 1, 1)[:3]
-    return compiled[grid], (*new.values, *(new.named[name] for name in by_name))
+    # By name, not compiled[grid]: a kernel that Triton compiles in the background stands in for itself by attribute.
+    return compiled.__getitem__(grid), (*new.values, *(new.named[name] for name in by_name))

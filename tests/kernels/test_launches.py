@@ -125,6 +125,22 @@ def test_pointers_off_16_bytes_are_not_remembered(kernel: Kernel, launch: Callab
     assert kernel.launches == 5
 
 
+def test_a_kernel_that_is_compiled_in_the_background(kernel: Kernel, launch: Callable[..., bool]) -> None:
+    """It is what ``AsyncCompileMode`` of Triton gives: it has the attributes of the kernel that it becomes."""
+    from triton.runtime import _async_compile
+
+    class Future:
+        def result(self) -> Compiled | None:
+            return finished
+
+    finished = kernel.compiled
+    assert finished is not None
+    kernel.compiled = _async_compile.FutureKernel(lambda _: None, Future())
+    for _ in range(2):
+        assert launch(torch.zeros(4, 8), None, 1.0)
+    assert kernel.launches == len(finished.remembered) == 1
+
+
 def test_what_is_not_compiled_is_not_remembered(
     kernel: Kernel, launch: Callable[..., bool], remembered: dict[Any, Any]
 ) -> None:
@@ -267,14 +283,15 @@ def test_remembered_launch_on_a_gpu(remembered: dict[Any, Any]) -> None:
     assert len(remembered) == 1
     assert torch.equal(_normed("cuda", 0)[0], first)
     seen: list[str] = []
-    hook, knobs.runtime.launch_enter_hook = (
-        knobs.runtime.launch_enter_hook,
-        lambda metadata: seen.append(metadata.get()["name"]),
-    )
+
+    def hook(metadata: Any) -> None:
+        seen.append(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(hook)
     try:
         torch.testing.assert_close(*_normed("cuda", 1))
     finally:
-        knobs.runtime.launch_enter_hook = hook
+        knobs.runtime.launch_enter_hook.remove(hook)
     assert seen == ["_rms_norm_kernel"]
     with torch.cuda.stream(torch.cuda.Stream()):
         assert torch.equal(_normed("cuda", 0)[0], first)
