@@ -40,7 +40,9 @@ def draw(module: nn.Module, seed: int = 0) -> None:
     """Parameters of the same full tensors at every number of ranks, none of them at a value that hides it."""
     generator = torch.Generator().manual_seed(seed)
     for tensor in sharded_tensors(module):
-        full = torch.randn(tensor.shard.shape, generator=generator, dtype=torch.float64) * 0.5
+        shape = tensor.shard.shape
+        spread = 0.5 if tensor.shard.wide or len(shape) == 1 else shape[-1] ** -0.5
+        full = torch.randn(shape, generator=generator, dtype=torch.float64) * spread
         if "norm" in tensor.path:
             full += 1
         device, held = tensor.param.device, tensor.param.dtype

@@ -29,6 +29,8 @@ pytestmark = pytest.mark.gpu
 
 LENGTHS = [37, 1, 130]
 T = sum(LENGTHS)
+LUCKY = 2 * torch.finfo(torch.float32).eps
+"""The loss is a single number, in which a float32 computation may be right by luck; two roundings are granted."""
 CONFIG = MambaConfig(
     model_type="mamba",
     hidden_size=64,
@@ -109,8 +111,7 @@ def test_the_loss_of_a_model_in_float32_and_its_gradients(level: int) -> None:
     exact = _loss(TensorParallel(device="cpu"), torch.float64)
     plain = _errors(_loss(TensorParallel(device="cpu")), exact)
     for name, error in _errors(_loss(TensorParallel(device="cuda"), level=level), exact).items():
-        # The CPU's own float32 may be lucky in the loss, a single number.
-        assert error <= 2 * max(plain[name], 1e-7), f"{name}: {error:.1e}, on the CPU {plain[name]:.1e}"
+        assert error <= 2 * max(plain[name], LUCKY), f"{name}: {error:.1e}, on the CPU {plain[name]:.1e}"
 
 
 def test_bfloat16_activations_over_float32_parameters() -> None:
@@ -141,7 +142,7 @@ def test_two_gpus_have_the_gradients_of_one(gpus: RankPool, scattered: bool) -> 
     found = {**merged(parts, model), "loss": parts[0]["loss"]}
     plain = _errors(_loss(TensorParallel(device="cuda:0")), exact)
     for name, error in _errors(found, exact).items():
-        assert error <= 2 * max(plain[name], 1e-7), f"{name}: {error:.1e}, one GPU {plain[name]:.1e}"
+        assert error <= 2 * max(plain[name], LUCKY), f"{name}: {error:.1e}, one GPU {plain[name]:.1e}"
     for level in (1, 2):
         for part, again in zip(parts, gpus.run(_loss, scattered=scattered, level=level), strict=True):
             assert all(torch.equal(again[name], tensor) for name, tensor in part.items())
