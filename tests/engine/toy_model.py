@@ -81,6 +81,7 @@ class ToyModel:
         self, input_ids: torch.Tensor, metadata: MambaMetadata, cache: ToyCache, logits_indices: torch.Tensor
     ) -> torch.Tensor:
         self.passes.append(metadata)
+        assert all(0 <= token < self.config.vocab_size for token in input_ids.tolist())
         starts, hidden = metadata.query_start_loc.tolist(), []
         for row, slot in enumerate(metadata.state_indices.tolist()):
             assert slot in cache.used
