@@ -47,6 +47,7 @@ def test_collectives(gpus: RankPool) -> None:
 def _run_model(tp: TensorParallel, folder: Path, ids: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
     model = MambaForCausalLM.from_pretrained(folder, tp, dtype=dtype)
     assert model.device == tp.device
+    model(ids)  # the first sum of a group has its ranks share memory
     with CommDebugMode() as mode:
         logits = model(ids)
     greedy_text = model.generate(PROMPTS, SamplingParams(max_new_tokens=8, ignore_eos=True))
@@ -73,8 +74,7 @@ def test_model_on_two_gpus(gpus: RankPool, name: str, tmp_path: Path) -> None:
         assert result["greedy"] == [greedy(oracle, prompt, 8) for prompt in PROMPTS]
         assert result["sampled"] == single["sampled"]
     assert torch.equal(results[0]["logits"], results[1]["logits"])
-    layers = oracle.config.num_hidden_layers
-    assert results[0]["counts"] == {"c10d.allreduce_": 2 * layers + 1, "c10d._allgather_base_": 1}
+    assert results[0]["counts"] == {"c10d._allgather_base_": 1}, "the sums are not NCCL's"
 
 
 def test_bfloat16_on_two_gpus(gpus: RankPool, tmp_path: Path) -> None:

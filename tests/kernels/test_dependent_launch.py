@@ -62,7 +62,10 @@ CALLS: dict[str, tuple[str, str, set[str], Callable[[], Any]]] = {
     ),
 }  # fmt: skip
 """The module of its op, the kernel, the weights that this reads early, and a call of it that launches the kernel."""
-ELSEWHERE = {"_step_kernel", "state_update_rows_kernel", "dt_proj_state_update_kernel"}
+ELSEWHERE = {
+    *("_step_kernel", "state_update_rows_kernel", "dt_proj_state_update_kernel"),
+    *("_one_way_kernel", "_two_ways_kernel", "_all_reduce_add_rms_norm_kernel", "_all_reduce_split_kernel"),
+}
 """Those whose own modules hold the same test."""
 
 

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tp_mamba.parallel.communicate import Communicator
 from tp_mamba.parallel.environment import backend_of, join, use_own_gpu
+from tp_mamba.parallel.fused import FusedCommunicator, is_wanted
 
 
 def _leave(tp: TensorParallel) -> None:
@@ -62,17 +63,19 @@ class TensorParallel:
             group: an initialised process group this process belongs to.
             device: where this rank computes. By default the current GPU where NCCL serves CUDA in ``group``, else the
                 CPU for a group, and for no group the GPU if there is one.
-            communicator: how the ranks communicate and finish sums; by default plain collectives.
+            communicator: how the ranks communicate and finish sums. By default by fused kernels where NCCL serves
+                ``device`` in ``group``, unless ``TP_MAMBA_FUSED_ALL_REDUCE=0`` (:mod:`tp_mamba.parallel.fused`), else
+                by plain collectives.
 
         Raises:
-            ValueError: ``group`` is no process group, or this process is not a member of it.
+            ValueError: ``group`` is no process group, or this process is not a member of it; or that variable is
+                neither 0 nor 1.
         """
         if group is not None and not isinstance(group, dist.ProcessGroup):
             raise ValueError(
                 f"got {group!r} for a process group: pass a torch.distributed.ProcessGroup, or nothing for one rank"
             )
         self.group = group
-        self.communicator = Communicator() if communicator is None else communicator
         self.size, self.rank = 1, 0
         if group is not None:
             self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
@@ -82,6 +85,12 @@ class TensorParallel:
                     "pass the group that this process belongs to"
                 )
         self.device = torch.device(device) if device is not None else self._default_device()
+        self.communicator = self._default_communicator() if communicator is None else communicator
+
+    def _default_communicator(self) -> Communicator:
+        if self.group is not None and self.device.type == "cuda" and self.backend == "nccl" and is_wanted():
+            return FusedCommunicator()
+        return Communicator()
 
     def _default_device(self) -> torch.device:
         if torch.cuda.is_available() and (self.group is None or backend_of(self.group, "cuda") == "nccl"):
