@@ -33,7 +33,7 @@ from tp_mamba.kernels.all_reduce import (
 from tp_mamba.parallel import symmetric
 from tp_mamba.parallel.collectives import Ranks
 from tp_mamba.parallel.communicate import Communicator
-from tp_mamba.parallel.partial import Partial
+from tp_mamba.parallel.partial import Partial, Scattered
 from tp_mamba.parallel.self_test import failure
 
 VARIABLE = "TP_MAMBA_FUSED_ALL_REDUCE"
@@ -157,7 +157,7 @@ class FusedCommunicator(Communicator):
         return self._fused or super().takes_slices(tp)
 
     def sum(self, partial: Partial) -> torch.Tensor:
-        if _is_tracked(partial):
+        if _is_tracked(partial.value, partial.bias):
             return super().sum(partial)
         x = partial.added_slices()
         exchange = self._serving(x, partial.tp)
@@ -169,7 +169,7 @@ class FusedCommunicator(Communicator):
             if dtype == x.dtype and x.is_contiguous()
             else all_reduce(x, exchange, out_dtype=dtype)
         )
-        return y if partial.bias is None else y + partial.bias
+        return y if partial.bias is None else y + partial.bias.to(y.dtype)
 
     def add_and_norm(
         self,
@@ -179,9 +179,11 @@ class FusedCommunicator(Communicator):
         eps: float,
         *,
         residual_in_fp32: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | Scattered, torch.Tensor]:
         x, bias = partial.value, partial.bias
-        plain = partial.sliced or _is_tracked(partial) or partial.dtype not in (None, x.dtype)
+        plain = (
+            partial.sliced or _is_tracked(x, bias, residual, weight) or partial.dtype not in (None, x.dtype)
+        )
         exchange = (
             None if plain or (bias is not None and bias.dtype != x.dtype) else self._serving(x, partial.tp)
         )
@@ -204,7 +206,8 @@ class FusedCommunicator(Communicator):
         dt_dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = partial.value
-        plain = partial.bias is not None or _is_tracked(partial) or partial.dtype not in (None, x.dtype)
+        plain = partial.bias is not None or partial.dtype not in (None, x.dtype)
+        plain = plain or _is_tracked(x, dt_weight, b_weight, c_weight)
         exchange = None if plain or x.dtype != torch.float32 else self._serving(x, partial.tp)
         weights = {"dt_weight": dt_weight, "b_weight": b_weight, "c_weight": c_weight}
         if exchange is None:
@@ -216,8 +219,9 @@ class FusedCommunicator(Communicator):
         )
 
 
-def _is_tracked(partial: Partial) -> bool:
-    return torch.is_grad_enabled() and partial.value.requires_grad
+def _is_tracked(*tensors: torch.Tensor | None) -> bool:
+    """Whether a gradient is to come back through one of them: the fused sums have none."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _opened(group: dist.ProcessGroup, device: torch.device) -> tuple[Exchange | None, str | None]:
