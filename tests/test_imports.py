@@ -24,6 +24,7 @@ LAYERS = (
     {"text"},
     {"engine"},
     {"config", "model"},
+    {"training"},
     {"launch"},
 )
 
