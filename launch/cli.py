@@ -5,6 +5,7 @@ A verb is a module ``tp_mamba.launch.verbs.<verb>`` with
 
 * ``HELP``, one line, and ``EXAMPLES``, lines to type;
 * ``USES_RANKS``: whether ``run`` wants ``args.tp`` ranks, or runs once, whatever ``--tp`` means to it;
+* ``count_ranks(args)``, where it wants another number of them;
 * ``add_arguments(parser)``, which imports nothing heavy;
 * ``prepare(args)``, run once before any rank starts: reads prompts, refuses what cannot work;
 * ``run(args, tp)``, the work, on every rank; its result is the exit status.
@@ -28,14 +29,14 @@ from tp_mamba.launch.ranks.start import leave_in_time, make_tensor_parallel, res
 if TYPE_CHECKING:
     from tp_mamba.parallel.group import TensorParallel
 
-VERBS = ("generate", "verify", "plan", "info", "shard", "merge")
-ONCE = frozenset({"plan", "info", "shard", "merge"})
+VERBS = ("generate", "train", "export", "verify", "plan", "info", "shard", "merge")
+ONCE = frozenset({"export", "plan", "info", "shard", "merge"})
 """Verbs that compute nothing on ranks: of those that torchrun has started, rank 0 runs them alone."""
 
 READER_LEFT = 128 + signal.SIGPIPE
 """Exit status where nobody reads stdout any more (`| head`): there is nothing to say."""
 
-DESCRIPTION = "Run a Mamba-1 checkpoint tensor-parallel, over the GPUs or CPU cores of one machine or many."
+DESCRIPTION = "Run or train a Mamba-1 checkpoint tensor-parallel, over the GPUs or CPU cores of one machine or many."
 
 EPILOG = """\
 examples:
@@ -113,7 +114,7 @@ def execute(args: argparse.Namespace, teller: Teller) -> int:
         name = error.failure.error if isinstance(error, LaunchError) else type(error).__name__
         if name == "BrokenPipeError":
             return READER_LEFT
-        teller.tell(error, about=args.checkpoint, debug=args.debug)
+        teller.tell(error, about=args.checkpoint or args.out, debug=args.debug)
         return 2 if isinstance(error, UsageError) else 1
     finally:
         if failed:
@@ -127,7 +128,7 @@ def run_verb(args: argparse.Namespace) -> int:
     verb = _load(args.verb)
     with ending_at_once():
         verb.prepare(args)
-        size = resolve_rank_count(args.tp, args.device) if verb.USES_RANKS else 1
+        size = _count_ranks(verb, args)
         import_module("tp_mamba.model")
     if size > 1 and not under_torchrun():
         return int(start_ranks(run_rank, args, size=size))
@@ -138,6 +139,13 @@ def run_rank(args: argparse.Namespace) -> int:
     """One rank's part of a verb: join the others and work."""
     with streams_that_take_all(args.verb):
         return _load(args.verb).run(args, make_tensor_parallel(args.device, args.backend))
+
+
+def _count_ranks(verb: Verb, args: argparse.Namespace) -> int:
+    if not verb.USES_RANKS:
+        return 1
+    count = getattr(verb, "count_ranks", None)
+    return resolve_rank_count(args.tp, args.device) if count is None else int(count(args))
 
 
 def _load(name: str) -> Verb:

@@ -1,0 +1,1 @@
+"""What ``tp-mamba train`` asks a person for, and shows."""
