@@ -2,8 +2,8 @@
 
 FSDP2 keeps each data rank's part of the float32 master parameters, gathers them in the compute dtype block by block,
 and reduces their gradients in float32. What :func:`tp_mamba.training.layout.data_dim` leaves whole on every data
-rank, the parameters per channel (A_log, D, convolution, biases), is not FSDP2's: their gradients are summed here, in one
-collective.
+rank, the parameters per channel (A_log, D, convolution, biases), is not FSDP2's: their gradients are averaged here, in
+one collective.
 """
 
 from __future__ import annotations
@@ -96,15 +96,15 @@ def masters_of(model: CausalLM, ranks: Ranks) -> list[Master]:
     return found
 
 
-def sum_over_data(masters: Sequence[Master], ranks: Ranks) -> None:
-    """Sum the gradients of what every data rank holds whole over the data ranks."""
+def average_over_data(masters: Sequence[Master], ranks: Ranks) -> None:
+    """Average the gradients of what every data rank holds whole, as FSDP2 averages those of the rest."""
     if ranks.dp.size == 1:
         return
     grads = [master.local.grad for master in masters if not master.over_data and master.local.grad is not None]
     if not grads:
         return
     flat = torch.cat([grad.flatten() for grad in grads])
-    ranks.dp.all_reduce_(flat)
+    ranks.dp.all_reduce_(flat).div_(ranks.dp.size)
     for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(part.view_as(grad))
 

@@ -14,7 +14,7 @@ import torch
 
 from tp_mamba.batch import packed_sequences
 from tp_mamba.model import MambaForCausalLM
-from tp_mamba.training.data_parallel import masters_of, shard_over_data, sum_over_data
+from tp_mamba.training.data_parallel import masters_of, shard_over_data, average_over_data
 from tp_mamba.training.flops import flops_per_token, peak_flops
 from tp_mamba.training.metrics import Metrics
 from tp_mamba.training.optimizer import (
@@ -117,7 +117,7 @@ class Trainer:
             mine = divide(divide(rows, part, parts), ranks.dp.rank, ranks.dp.size)
             loss = self._loss(pack(self._train, mine))
             total += loss.detach()
-            # FSDP2 averages over the data ranks, and the loss is a mean over the tokens of all of them.
+            # Gradients are averaged over the data ranks, and the loss is a mean over the tokens of all of them.
             (loss * (ranks.dp.size / tokens)).backward()
         norm, mean = self._finish_gradients(total, tokens)
         lr = learning_rate(
@@ -144,7 +144,7 @@ class Trainer:
         """Gather, sum and check the gradients; their norm over all ranks, and the loss per token."""
         for master in self.masters:
             master.take_gradient()
-        sum_over_data(self.masters, self.ranks)
+        average_over_data(self.masters, self.ranks)
         counted = total if self.ranks.tp.rank == 0 else torch.zeros_like(total)
         norms, (summed,) = gradient_norms(self.masters, self.ranks, counted.view(1))
         norm, mean = float(norms.square().sum().sqrt()), float(summed) / tokens
