@@ -127,7 +127,8 @@ class DataOrder:
         """
         self._tokens, self._length, self._seed = tokens, length, seed
         self.position = position or Position()
-        self._epoch, self._rows = -1, None
+        self._epoch = -1
+        self._rows: Rows | None = None
         if not len(self._rows_of(self.position.epoch)):
             raise ValueError(
                 "the data has no document of two tokens or more, and one token alone has no next: give more text"

@@ -99,7 +99,8 @@ class Trainer:
         )
         self._saver = Saver(run, ranks, settings.keep)
         self._flops, self._peak = flops_per_token(model.config), peak_flops(ranks.world.device, compute_dtype)
-        self._tensorboard, self._metrics = tensorboard, None
+        self._tensorboard = tensorboard
+        self._metrics: Metrics | None = None
 
     # --- one step
 
@@ -243,6 +244,7 @@ class Trainer:
             CheckpointWriteError: a checkpoint could not be written; the one before is whole.
         """
         if self.ranks.is_owner:
+            self.run.mkdir(parents=True, exist_ok=True)
             self._metrics = Metrics(self.run, self.step, tensorboard=self._tensorboard)
         try:
             self._loop(progress)
