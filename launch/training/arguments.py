@@ -91,6 +91,7 @@ def add_settings(group: argparse._ActionsContainer) -> None:
         ("keep", int, "checkpoints that are kept, beside the best"),
         ("log_every", int, "steps between records of the loss"),
         ("patience", int, "end after so many validations without a better one; 0: never"),
+        ("max_seconds", float, "end after so much time, the learning rate falling in time for it; 0: at no time"),
     ):
         default = TrainSettings.__dataclass_fields__[name].default
         shown = "" if default is None else f" (default {default:g})"

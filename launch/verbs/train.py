@@ -234,6 +234,8 @@ def _tell(report: dict[str, Any], *, as_json: bool) -> None:
         rows.append(("validation", f"{loss:.4f} nats per token, best at step {report['best_step']}"))
     if report["stopped_early"]:
         rows.append(("ended", "validation got no better"))
+    if report["out_of_time"]:
+        rows.append(("ended", "the time was up"))
     rows += [(name, str(report[name])) for name in ("plot",) if name in report]
     if "exported" in report:
         rows.append(("exported", f"{report['exported']['folder']}, step {report['exported']['step']}"))

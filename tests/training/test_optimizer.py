@@ -74,8 +74,8 @@ def test_settings_are_refused(changes, sentence):
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    settings(micro_batches=3).check_ranks(4)
-    with pytest.raises(ValueError, match="12 rows does not divide by 5 data ranks times 1 micro"):
+    settings(micro_batches=3).check_ranks(2)
+    with pytest.raises(ValueError, match="6 rows does not divide by 5 data ranks times 1 micro"):
         settings().check_ranks(5)
 
 

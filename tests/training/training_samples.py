@@ -51,8 +51,8 @@ def documents(sizes: tuple[int, ...], seed: int = 0) -> Tokens:
 
 
 def settings(**changes: Any) -> TrainSettings:
-    """Six steps of twelve rows of eight tokens."""
-    given = {"steps": 6, "batch_size": 12, "sequence_length": 8, "lr": 5e-3, "log_every": 1, "seed": 3}
+    """Six steps of six rows of eight tokens."""
+    given = {"steps": 6, "batch_size": 6, "sequence_length": 8, "lr": 5e-3, "log_every": 1, "seed": 3}
     return TrainSettings(**{**given, **changes})
 
 

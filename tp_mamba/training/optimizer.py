@@ -37,11 +37,17 @@ def set_step(optimizer: torch.optim.AdamW, step: int) -> None:
         state["step"].fill_(step)
 
 
-def learning_rate(step: int, *, peak: float, least: float, warmup: int, steps: int) -> float:
-    """Of update number ``step``, from 1: a linear warm-up to ``peak``, then half a cosine down to ``least`` at ``steps``."""
+def learning_rate(
+    step: int, *, peak: float, least: float, warmup: int, steps: int, time_spent: float = 0.0
+) -> float:
+    """Of update number ``step``, from 1: a linear warm-up to ``peak``, then half a cosine down to ``least`` at ``steps``.
+
+    Args:
+        time_spent: the share of the time there is that is over; the cosine is at least as far.
+    """
     if step <= warmup:
         return peak * step / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    progress = min(1.0, max((step - warmup) / max(1, steps - warmup), time_spent))
     return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

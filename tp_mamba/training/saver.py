@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tp_mamba.checkpoint.atomic import sync, sync_tree
 from tp_mamba.checkpoint.errors import CheckpointError, CheckpointWriteError
@@ -152,7 +153,7 @@ class Saver:
             if owner:
                 remove(new)
             raise CheckpointWriteError(self._sentence(step, shown(error.strerror or error))) from error
-        except Exception as error:  # DCP wraps what failed on any rank
+        except (Exception, CheckpointException) as error:  # what failed on any rank; the latter is no Exception
             if owner:
                 remove(new)
             raise CheckpointWriteError(self._sentence(step, _cause(error))) from error
@@ -200,13 +201,13 @@ def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], ranks: Ranks) -
     try:
         with _quiet():
             dcp.load(tensors, storage_reader=reader, process_group=ranks.file_group, no_dist=ranks.file_group is None)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         raise CheckpointError(
             f"{shown_path(folder)} cannot be read as a checkpoint of this run ({_cause(error)}): resume from another"
         ) from error
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     """The first failure of those that a rank reported, on one line."""
     failures = getattr(error, "failures", None)
     if isinstance(failures, dict) and failures:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from tp_mamba.quoting import quoted
 
 CHANGEABLE: Final = frozenset(
-    {"steps", "eval_every", "valid_batches", "save_every", "keep", "log_every", "patience", "micro_batches"}
+    {"steps", "eval_every", "valid_batches", "save_every", "keep", "log_every", "patience", "micro_batches", "max_seconds"}
 )
 """What may differ when a run goes on: it decides how far, how often, and in how many parts, not what is computed."""
 
@@ -57,6 +57,9 @@ class TrainSettings:
     """Steps between records of the training loss."""
     patience: int = 0
     """Validations without a better loss after which training ends; 0: never."""
+    max_seconds: float = 0.0
+    """Time after which training ends, at the end of a step; 0: none. The learning rate falls in time for it, so that
+    what is computed then depends on the speed."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -84,6 +87,8 @@ class TrainSettings:
             raise ValueError(
                 f"weight_decay is {quoted(self.weight_decay)}, it must be a finite number of at least 0"
             )
+        if not self.max_seconds >= 0:
+            raise ValueError(f"max_seconds is {quoted(self.max_seconds)}, it must be at least 0")
         if self.min_lr is not None and not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"min_lr is {quoted(self.min_lr)}, it must be between 0 and lr ({self.lr:g})")
         if self.warmup is not None:

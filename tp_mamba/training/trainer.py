@@ -50,6 +50,27 @@ class Best:
     """Validations after it."""
 
 
+class Clock:
+    """How much of the time that training may take is over, from 0 to 1.
+
+    What the first step takes, kernels that are compiled included, is not training: a schedule must not jump over it.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        """From now on; 0: there is no end of it."""
+        self._end = time.monotonic() + (seconds or math.inf)
+        self._start: float | None = None
+
+    def spent(self) -> float:
+        """Asked once at the end of each step."""
+        now = time.monotonic()
+        if now >= self._end:
+            return 1.0
+        if self._start is None:
+            self._start = now
+        return 0.0 if math.isinf(self._end) else (now - self._start) / (self._end - self._start)
+
+
 class Trainer:
     """One rank's part of a training run.
 
@@ -99,6 +120,7 @@ class Trainer:
         )
         self._saver = Saver(run, ranks, settings.keep)
         self._flops, self._peak = flops_per_token(model.config), peak_flops(ranks.world.device, compute_dtype)
+        self._clock, self._time_spent = Clock(settings.max_seconds), 0.0
         self._tensorboard = tensorboard
         self._metrics: Metrics | None = None
 
@@ -127,6 +149,7 @@ class Trainer:
             least=settings.least_lr,
             warmup=settings.warmup_steps,
             steps=settings.steps,
+            time_spent=self._time_spent,
         )
         set_learning_rate(self.optimizer, lr)
         clip_gradients(self.masters, norm, settings.clip)
@@ -147,7 +170,10 @@ class Trainer:
             master.take_gradient()
         average_over_data(self.masters, self.ranks)
         counted = total if self.ranks.tp.rank == 0 else torch.zeros_like(total)
-        norms, (summed,) = gradient_norms(self.masters, self.ranks, counted.view(1))
+        # Clocks differ, and all ranks must do the same: the first one's decides.
+        spent = torch.full_like(total, self._clock.spent() if self.ranks.is_owner else 0.0)
+        norms, (summed, share) = gradient_norms(self.masters, self.ranks, torch.stack([counted, spent]))
+        self._time_spent = float(share)
         norm, mean = float(norms.square().sum().sqrt()), float(summed) / tokens
         if not (math.isfinite(norm) and math.isfinite(mean)):
             raise DivergedError(self._where_it_broke(norms, mean))
@@ -258,12 +284,13 @@ class Trainer:
             "best_step": self.best.step or None,
             "best_valid_loss": self.best.loss if self.best.step else None,
             "stopped_early": self.stopped_early,
+            "out_of_time": self._time_spent >= 1,
         }
 
     def _loop(self, progress: Progress | None) -> None:
         settings, saved = self.settings, self.step
         tokens, since, waiting = 0, time.perf_counter(), 0.0
-        while self.step < settings.steps and not self._gets_no_better():
+        while self.step < settings.steps and not (self._time_spent >= 1 or self._gets_no_better()):
             values = self.train_step()
             tokens += int(values.pop("tokens"))
             if self.step % settings.log_every == 0 or self.step == settings.steps:
@@ -274,7 +301,7 @@ class Trainer:
                     values["share_of_peak"] = self._flops * tokens / seconds / peak
                 self._record(values)
                 tokens, since, waiting = 0, time.perf_counter(), 0.0
-            last = self.step == settings.steps
+            last = self.step == settings.steps or self._time_spent >= 1
             before = time.perf_counter()
             if self._valid is not None and (last or self._is_time(settings.eval_every)):
                 values["valid_loss"] = self._validate()
