@@ -36,7 +36,9 @@ ONCE = frozenset({"export", "plan", "info", "shard", "merge"})
 READER_LEFT = 128 + signal.SIGPIPE
 """Exit status where nobody reads stdout any more (`| head`): there is nothing to say."""
 
-DESCRIPTION = "Run or train a Mamba-1 checkpoint tensor-parallel, over the GPUs or CPU cores of one machine or many."
+DESCRIPTION = (
+    "Run or train a Mamba-1 checkpoint tensor-parallel, over the GPUs or CPU cores of one machine or many."
+)
 
 EPILOG = """\
 examples:

@@ -14,15 +14,31 @@ from tp_mamba.training.settings import TrainSettings
 if TYPE_CHECKING:
     from tp_mamba.config import MambaConfig
 
-_SIZES = ("hidden_size", "layers", "intermediate_size", "state_size", "conv_kernel", "time_step_rank", "vocab_size")
+_SIZES = (
+    "hidden_size",
+    "layers",
+    "intermediate_size",
+    "state_size",
+    "conv_kernel",
+    "time_step_rank",
+    "vocab_size",
+)
 
 
 def add_run(group: argparse._ActionsContainer) -> None:
     """Where the run is kept."""
-    group.add_argument("--out", required=True, metavar="RUN", help="folder of the run: checkpoints and metrics")
-    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in RUN, if there is one")
-    group.add_argument("--export", metavar="OUT", help="at the end write the best model to OUT, as tp-mamba export does")
-    group.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard into RUN/tensorboard")
+    group.add_argument(
+        "--out", required=True, metavar="RUN", help="folder of the run: checkpoints and metrics"
+    )
+    group.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in RUN, if there is one"
+    )
+    group.add_argument(
+        "--export", metavar="OUT", help="at the end write the best model to OUT, as tp-mamba export does"
+    )
+    group.add_argument(
+        "--tensorboard", action="store_true", help="write events for TensorBoard into RUN/tensorboard"
+    )
     group.add_argument("--plot", action="store_true", help="at the end draw the losses into RUN/losses.png")
 
 
@@ -36,7 +52,11 @@ def add_data(group: argparse._ActionsContainer) -> None:
         help="a text file, which is one document, or JSON lines (.jsonl), one document each; may be repeated",
     )
     group.add_argument(
-        "--valid", action="append", default=[], metavar="FILE", help="the same for validation; may be repeated"
+        "--valid",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the same for validation; may be repeated",
     )
     group.add_argument(
         "--valid-fraction",
@@ -50,8 +70,12 @@ def add_data(group: argparse._ActionsContainer) -> None:
         metavar="PATH_OR_NAME",
         help='where tokenizer.json is, or "bytes" (default: the checkpoint\'s; without a checkpoint, bytes)',
     )
-    group.add_argument("--text-field", default="text", metavar="KEY", help="key of a JSON line's text (default text)")
-    group.add_argument("--cache", metavar="FOLDER", help="where token ids are kept (default ~/.cache/tp_mamba/tokens)")
+    group.add_argument(
+        "--text-field", default="text", metavar="KEY", help="key of a JSON line's text (default text)"
+    )
+    group.add_argument(
+        "--cache", metavar="FOLDER", help="where token ids are kept (default ~/.cache/tp_mamba/tokens)"
+    )
 
 
 def add_model(group: argparse._ActionsContainer) -> None:
@@ -91,12 +115,20 @@ def add_settings(group: argparse._ActionsContainer) -> None:
         ("keep", int, "checkpoints that are kept, beside the best"),
         ("log_every", int, "steps between records of the loss"),
         ("patience", int, "end after so many validations without a better one; 0: never"),
-        ("max_seconds", float, "end after so much time, the learning rate falling in time for it; 0: at no time"),
+        (
+            "max_seconds",
+            float,
+            "end after so much time, the learning rate falling in time for it; 0: at no time",
+        ),
     ):
         default = TrainSettings.__dataclass_fields__[name].default
         shown = "" if default is None else f" (default {default:g})"
         group.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N" if kind is int else "X", help=text + shown
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=default,
+            metavar="N" if kind is int else "X",
+            help=text + shown,
         )
     group.add_argument(
         "--compute-dtype",
@@ -108,10 +140,12 @@ def add_settings(group: argparse._ActionsContainer) -> None:
         type=int,
         choices=(0, 1, 2),
         default=0,
-        help="what is computed again to save memory: 0 nothing, 1 convolution and time steps, 2 whole layers (default 0)",
+        help="computed again to save memory: 0 nothing, 1 convolution and time steps, 2 whole layers (default 0)",
     )
     group.add_argument(
-        "--sequence-parallel", action="store_true", help="with --tp: share the tokens between layers too; same results"
+        "--sequence-parallel",
+        action="store_true",
+        help="with --tp: share the tokens between layers too; same results",
     )
 
 
@@ -153,11 +187,15 @@ def config_of(args: argparse.Namespace) -> MambaConfig:
     given = [name for name in _SIZES if getattr(args, name) is not None]
     if args.config is not None:
         if given:
-            raise UsageError(f"--config and --{given[0].replace('_', '-')} are given: config.json says all the sizes")
+            raise UsageError(
+                f"--config and --{given[0].replace('_', '-')} are given: config.json says all the sizes"
+            )
         try:
             return MambaConfig.from_dict(json.loads(Path(args.config).read_text(encoding="utf-8")))
         except (OSError, UnicodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"--config {args.config} cannot be read ({error}): name a config.json") from error
+            raise ValueError(
+                f"--config {args.config} cannot be read ({error}): name a config.json"
+            ) from error
     vocabulary = args.vocab_size
     if vocabulary is None:
         tokenizer = get_tokenizer(args.tokenizer or BYTES)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,8 @@ from tp_mamba.launch.training.bar import step_bar
 if TYPE_CHECKING:
     from tp_mamba.config import MambaConfig
     from tp_mamba.parallel.group import TensorParallel
-    from tp_mamba.training.setup import Data
+    from tp_mamba.training.ranks import Ranks
+    from tp_mamba.training.tokens import Tokens
 
 USES_RANKS = True
 HELP = "train a model from scratch or from a checkpoint, over data ranks times tensor-parallel ranks"
@@ -48,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser.add_argument_group("training"))
     ranks = parser.add_argument_group("ranks")
     ranks.add_argument(
-        "--tp", type=positive_int, metavar="N", default=1, help="ranks that one model is split over (default 1)"
+        "--tp",
+        type=positive_int,
+        metavar="N",
+        default=1,
+        help="ranks that one model is split over (default 1)",
     )
     ranks.add_argument(
         "--dp",
@@ -65,8 +72,6 @@ def count_ranks(args: argparse.Namespace) -> int:
     Raises:
         UsageError: torchrun has started another number.
     """
-    import os
-
     if not under_torchrun():
         return args.tp * (args.dp or 1)
     world = int(os.environ["WORLD_SIZE"])
@@ -100,26 +105,39 @@ def prepare(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     """Train; rank 0 shows how it goes and prints what came of it."""
+    from tp_mamba.training.ranks import make_ranks
+    from tp_mamba.training.saver import hold_run
+    from tp_mamba.training.setup import write_tokenizer
+
+    ranks = make_ranks(tp, args.tp)
+    tp.same_everywhere(**{f"--{name.replace('_', '-')}": value for name, value in vars(args).items()})
+    with ExitStack() as stack:
+        with tp.agreed():
+            if ranks.is_owner:
+                stack.callback(os.close, hold_run(Path(args.out)))
+                write_tokenizer(Path(args.out), _tokenizer_name(args), _folder(args))
+        report = _train(args, ranks)
+    if ranks.is_owner:
+        _tell(report, as_json=args.json)
+    return 0
+
+
+def _train(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """Make ready, go on where a run is to be resumed, train, and on rank 0 write what was asked for at the end."""
     import torch
 
     from tp_mamba.training.export import export_run
     from tp_mamba.training.metrics import plot_losses
-    from tp_mamba.training.ranks import make_ranks
-    from tp_mamba.training.saver import hold_run, steps_in
-    from tp_mamba.training.setup import build_model, write_tokenizer
+    from tp_mamba.training.saver import steps_in
+    from tp_mamba.training.setup import build_model
     from tp_mamba.training.trainer import Trainer
 
-    run, ranks = Path(args.out), make_ranks(tp, args.tp)
-    tp.same_everywhere(**{"the arguments": {k: v for k, v in vars(args).items() if k != "json"}})
-    dtype = torch.bfloat16 if tp.device.type == "cuda" else torch.float32
+    run, world = Path(args.out), ranks.world
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     if args.compute_dtype is not None:
         dtype = getattr(torch, args.compute_dtype)
-    with tp.agreed():
-        if ranks.is_owner:
-            args.lock = hold_run(run)
-            write_tokenizer(run, _tokenizer_name(args), _folder(args))
-    with tp.agreed():
-        train, valid, data = read_data(args)
+    with world.agreed():
+        train, valid = read_data(args)
     model = build_model(
         ranks,
         config=None if args.checkpoint else model_config(args),
@@ -130,33 +148,24 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
         sequence_parallel=args.sequence_parallel,
     )
     trainer = Trainer(
-        model,
-        args.settings,
-        ranks,
-        train,
-        valid,
-        run,
-        compute_dtype=dtype,
-        tensorboard=args.tensorboard,
+        model, args.settings, ranks, train, valid, run, compute_dtype=dtype, tensorboard=args.tensorboard
     )
-    steps = tp.broadcast_object(steps_in(run))
+    steps = world.broadcast_object(steps_in(run))
     if args.resume and steps:
         trainer.load(steps[-1])
     with step_bar(ranks.is_owner and not args.json) as progress:
         report: dict[str, Any] = {"run": str(run), **trainer.fit(progress)}
-    if not ranks.is_owner:
-        return 0
-    report |= {"ranks": {"tp": ranks.tp.size, "dp": ranks.dp.size}, "dtype": str(dtype).removeprefix("torch.")}
-    if args.plot:
+    report |= {"ranks": {"tp": ranks.tp.size, "dp": ranks.dp.size}}
+    report |= {"dtype": str(dtype).removeprefix("torch.")}
+    if args.plot and ranks.is_owner:
         report["plot"] = str(plot_losses(run))
-    if args.export is not None:
+    if args.export is not None and ranks.is_owner:
         report["exported"] = {"folder": args.export, **export_run(run, Path(args.export))}
-    _tell(report, as_json=args.json)
-    return 0
+    return report
 
 
-def read_data(args: argparse.Namespace) -> tuple[Any, Any, Data]:
-    """Tokens to train on, tokens to validate on, and where they came from.
+def read_data(args: argparse.Namespace) -> tuple[Tokens, Tokens | None]:
+    """Tokens to train on and tokens to validate on.
 
     Raises:
         ValueError: a file is missing, empty or damaged, or the tokenizer is not the model's.
@@ -180,7 +189,7 @@ def read_data(args: argparse.Namespace) -> tuple[Any, Any, Data]:
     )
     tokenizer, config = get_tokenizer(name), model_config(args)
     check_vocabulary(config, tokenizer)
-    return *load_data(data, tokenizer, end_of_text_id(config, _folder(args))), data
+    return load_data(data, tokenizer, end_of_text_id(config, _folder(args)))
 
 
 def model_config(args: argparse.Namespace) -> MambaConfig:

@@ -14,9 +14,19 @@ from tp_mamba.training.optimizer import clip_gradients, gradient_norms, learning
 def test_what_decays(tmp_path):
     run = trainer(TensorParallel(device="cpu"), tmp_path)
     decay = {id(p): group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
-    kept = {m.name.removeprefix("backbone.").split("mixer.")[-1] for m in run.masters if not decay[id(m.local)]}
+    kept = {
+        m.name.removeprefix("backbone.").split("mixer.")[-1] for m in run.masters if not decay[id(m.local)]
+    }
     decayed = {m.name.split("mixer.")[-1] for m in run.masters if decay[id(m.local)]}
-    assert kept == {"A_log", "D", "dt_proj.bias", "conv1d.bias", "layers.0.norm.weight", "layers.1.norm.weight", "norm_f.weight"}
+    assert kept == {
+        "A_log",
+        "D",
+        "dt_proj.bias",
+        "conv1d.bias",
+        "layers.0.norm.weight",
+        "layers.1.norm.weight",
+        "norm_f.weight",
+    }
     matrices = {f"{name}.weight" for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")}
     assert decayed == matrices | {"backbone.embeddings.weight"}
     assert len(decay) == len(list(run.model.parameters()))
@@ -81,6 +91,8 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 def test_flops_are_six_for_each_weight_of_a_matrix(tmp_path):
     run = trainer(TensorParallel(device="cpu"), tmp_path)
-    matrices = [m for m in run.masters if len(m.shard.shape) == 2 and not m.shard.wide]  # the head is the embedding
+    matrices = [
+        m for m in run.masters if len(m.shard.shape) == 2 and not m.shard.wide
+    ]  # the head is the embedding
     assert flops_per_token(run.model.config) == 6 * sum(math.prod(m.shard.shape) for m in matrices)
     assert peak_flops(torch.device("cpu"), torch.bfloat16) is None

@@ -1,5 +1,7 @@
 """Rows of packed documents: every token once, nothing across a border, the same order from any position."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from training_samples import documents
@@ -27,7 +29,7 @@ def test_every_token_that_has_a_next_one_is_read_once(shuffled):
                 document = np.searchsorted(bounds, start, side="right") - 1
                 assert start + size < bounds[document + 1]  # its last target is of the same document
                 read += range(start, start + size)
-        expected = [token for a, b in zip(bounds[:-1], bounds[1:], strict=True) for token in range(a, b - 1)]
+        expected = [token for a, b in pairwise(bounds) for token in range(a, b - 1)]
         assert sorted(read) == expected
         assert sum(rows.row(i)[1].sum() < length for i in range(len(rows))) <= 1  # the last that shared rows
 

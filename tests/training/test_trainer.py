@@ -44,7 +44,9 @@ def test_losses_are_those_of_transformers_training(tmp_path):
     order, losses = DataOrder(tokens, 8, given.seed), []
     for _ in range(given.steps):
         batch = pack(tokens, order.take(given.batch_size))
-        ids = torch.from_numpy(np.concatenate([batch.ids.reshape(-1, 8), batch.targets.reshape(-1, 8)[:, -1:]], 1))
+        ids = torch.from_numpy(
+            np.concatenate([batch.ids.reshape(-1, 8), batch.targets.reshape(-1, 8)[:, -1:]], 1)
+        )
         loss = theirs(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), given.clip)
@@ -75,7 +77,10 @@ def test_a_run_goes_on_bit_for_bit(tmp_path):
         again.load(step)
         assert curve(again) == losses[step:]
         without_speed = [
-            [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in text.splitlines()]
+            [
+                {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"}
+                for line in text.splitlines()
+            ]
             for text in (metrics, (run / "metrics.jsonl").read_text())
         ]
         assert without_speed[0] == without_speed[1]
@@ -146,7 +151,9 @@ def test_only_a_gradient_that_is_no_number_is_named(tmp_path):
     run = trainer(TP, tmp_path)
     weight = run.model.mixers()[0].x_proj.weight
     weight.register_hook(lambda grad: grad * float("nan"))
-    with pytest.raises(DivergedError, match=r"step 1: a gradient is not finite, .*layers\.0\.mixer\.x_proj\.weight"):
+    with pytest.raises(
+        DivergedError, match=r"step 1: a gradient is not finite, .*layers\.0\.mixer\.x_proj\.weight"
+    ):
         run.fit()
     assert steps_in(tmp_path) == []
 

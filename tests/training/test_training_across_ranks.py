@@ -8,6 +8,7 @@ import torch
 from rank_pool import JobError
 from training_samples import CONFIG, curve, documents, ranks_of, trainer
 
+from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.training.data_parallel import masters_of
 from tp_mamba.training.ranks import make_ranks
 from tp_mamba.training.saver import read_tensors, step_folder, steps_in
@@ -75,13 +76,14 @@ def two_by_two(ranks, tmp_path_factory):
 
 
 def held(tp, folder, n):
-    """Every tensor of a checkpoint as this rank holds it, with its place in the whole: name -> (coordinates, values)."""
+    """Every tensor of a checkpoint as this rank holds it: name -> (where it is cut, values, shape of the whole)."""
     of = trainer(tp, Path(folder).parent, n)
     of.load(int(Path(folder).name.removeprefix("step-")))
     found = {}
     for master in of.masters:
         state = of.optimizer.state[master.local]
-        for what, tensor in (("model", master.local), *((k, state[k]) for k in ("exp_avg", "exp_avg_sq"))):
+        moments = [(f"optimizer.{name}", state[name]) for name in ("exp_avg", "exp_avg_sq")]
+        for what, tensor in (("model", master.local), *moments):
             view = master.layout.view(tensor.detach()).contiguous()
             found[f"{what}.{master.name}"] = (cuts(master, of.ranks), view, master.layout.shape)
         assert state["step"].item() == of.step
@@ -102,33 +104,26 @@ def cuts(master, ranks):
 def test_every_byte_loads_at_other_rank_counts(ranks, two_by_two, size, n):
     run, _ = two_by_two
     folder = step_folder(run, 3)
-    whole = ranks_of_one()
+    whole = ranks_of(TensorParallel(device="cpu"), 1)
     model = build_model(whole, config=CONFIG, checkpoint=None, seed=9, compute_dtype=torch.float32)
     reference, _ = room_for(masters_of(model, whole), None, whole)
-    expected = {key.replace("model.", f"{what}.", 1): (key, what) for what in ("model", "exp_avg", "exp_avg_sq") for key in reference}
-    full = {
-        (key if what == "model" else key.replace("model.", f"optimizer.{what}.", 1)): torch.empty_like(reference[key])
-        for key, what in expected.values()
+    keys = {
+        f"{prefix}{key.removeprefix('model.')}": key
+        for prefix in ("model.", "optimizer.exp_avg.", "optimizer.exp_avg_sq.")
+        for key in reference
     }
+    full = {key: torch.empty_like(reference[like]) for key, like in keys.items()}
     read_tensors(folder, full, whole)
-    results = ranks(size).run(held, str(folder), n)
-    assert results[0].keys() == expected.keys()
-    for result in results:
-        for name, (divisions, view, shape) in result.items():
-            key, what = expected[name]
-            part = full[key if what == "model" else key.replace("model.", f"optimizer.{what}.", 1)]
+    for result in ranks(size).run(held, str(folder), n):
+        assert result.keys() == full.keys()
+        for key, (divisions, view, shape) in result.items():
+            part = full[key]
             assert part.shape == shape
             for dim, index, parts in divisions:
                 chunks = part.chunk(parts, dim)
                 part = chunks[index] if index < len(chunks) else part.narrow(dim, 0, 0)
-            assert torch.equal(part, view), name
-    assert any(tensor.abs().max() > 0 for key, tensor in full.items() if key.startswith("optimizer"))
-
-
-def ranks_of_one():
-    from tp_mamba.parallel.group import TensorParallel
-
-    return ranks_of(TensorParallel(device="cpu"), 1)
+            assert torch.equal(part, view), key
+    assert all(full[key].abs().max() > 0 for key in full if key.startswith("optimizer.exp_avg."))
 
 
 @pytest.mark.parametrize(("size", "n"), [(1, 1), (2, 1), (4, 2)])
@@ -166,4 +161,6 @@ def test_every_rank_names_the_parameter_of_one(ranks, tmp_path):
         ranks(2).run(poisoned, str(tmp_path))
     sentences = {failure.message for failure in error.value.failures.values()}
     assert len(sentences) == 1
-    assert "step 1: the loss is nan, and the parameter backbone.layers.1.mixer.dt_proj.bias" in sentences.pop()
+    assert (
+        "step 1: the loss is nan, and the parameter backbone.layers.1.mixer.dt_proj.bias" in sentences.pop()
+    )

@@ -88,7 +88,7 @@ def masters_of(model: CausalLM, ranks: Ranks) -> list[Master]:
         parameter = _parameter(tensor)
         local = parameter
         if isinstance(parameter, DTensor):
-            local = nn.Parameter(parameter.detach().to_local())
+            local = nn.Parameter(parameter.to_local().detach())
         layout = layout_of(tensor.shard, rank, n, M)
         found.append(
             Master(tensor.name, tensor.shard, layout, isinstance(parameter, DTensor), parameter, local)
@@ -100,7 +100,9 @@ def average_over_data(masters: Sequence[Master], ranks: Ranks) -> None:
     """Average the gradients of what every data rank holds whole, as FSDP2 averages those of the rest."""
     if ranks.dp.size == 1:
         return
-    grads = [master.local.grad for master in masters if not master.over_data and master.local.grad is not None]
+    grads = [
+        master.local.grad for master in masters if not master.over_data and master.local.grad is not None
+    ]
     if not grads:
         return
     flat = torch.cat([grad.flatten() for grad in grads])

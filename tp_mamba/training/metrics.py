@@ -22,9 +22,14 @@ def check_extras(*, tensorboard: bool, plot: bool) -> None:
     Raises:
         ValueError: one is missing.
     """
-    for wanted, flag, package in ((tensorboard, "--tensorboard", "tensorboard"), (plot, "--plot", "matplotlib")):
+    for wanted, flag, package in (
+        (tensorboard, "--tensorboard", "tensorboard"),
+        (plot, "--plot", "matplotlib"),
+    ):
         if wanted and find_spec(package) is None:
-            raise ValueError(f"{flag} needs the package {package}: pip install 'tp-mamba[train]', or leave it out")
+            raise ValueError(
+                f"{flag} needs the package {package}: pip install 'tp-mamba[train]', or leave it out"
+            )
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

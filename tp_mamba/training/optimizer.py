@@ -40,7 +40,7 @@ def set_step(optimizer: torch.optim.AdamW, step: int) -> None:
 def learning_rate(
     step: int, *, peak: float, least: float, warmup: int, steps: int, time_spent: float = 0.0
 ) -> float:
-    """Of update number ``step``, from 1: a linear warm-up to ``peak``, then half a cosine down to ``least`` at ``steps``.
+    """Of update number ``step``, from 1: a linear warm-up to ``peak``, then half a cosine to ``least`` at ``steps``.
 
     Args:
         time_spent: the share of the time there is that is over; the cosine is at least as far.
@@ -57,7 +57,9 @@ def set_learning_rate(optimizer: torch.optim.AdamW, lr: float) -> None:
         group["lr"] = lr
 
 
-def gradient_norms(masters: Sequence[Master], ranks: Ranks, also: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient_norms(
+    masters: Sequence[Master], ranks: Ranks, also: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The norm of each gradient over all ranks, float64 ``[parameters]`` on the CPU, and the sum of ``also`` over them.
 
     A part that several ranks hold is counted once. One collective, and the host waits for it.

@@ -82,7 +82,9 @@ def lay_rows(bounds: np.ndarray, length: int, rng: np.random.Generator | None) -
     return rows if rng is None else _reordered(rows, rng.permutation(len(rows)))
 
 
-def _pieces(bounds: np.ndarray, length: int, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
+def _pieces(
+    bounds: np.ndarray, length: int, rng: np.random.Generator | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Starts and lengths of pieces of at most ``length``, document by document; the last token is only a target."""
     sizes = np.maximum(np.diff(bounds) - 1, 0)
     first = np.zeros_like(sizes)  # the length of a first piece that is shorter than the others
@@ -101,10 +103,16 @@ def _share(starts: np.ndarray, lengths: np.ndarray, length: int) -> Rows:
     """Short pieces one after the other, cut into rows; a piece that a cut falls into becomes two."""
     total = int(lengths.sum())
     before = np.cumsum(lengths) - lengths
-    cuts = np.unique(np.concatenate([before, np.arange(0, total, length)])) if total else np.zeros(0, np.int64)
+    cuts = (
+        np.unique(np.concatenate([before, np.arange(0, total, length)])) if total else np.zeros(0, np.int64)
+    )
     piece = np.searchsorted(before, cuts, side="right") - 1
     stops = np.append(cuts[1:], total) if total else cuts
-    edges = np.searchsorted(cuts, np.append(np.arange(0, total, length), total)) if total else np.zeros(1, np.int64)
+    edges = (
+        np.searchsorted(cuts, np.append(np.arange(0, total, length), total))
+        if total
+        else np.zeros(1, np.int64)
+    )
     return Rows(starts[piece] + cuts - before[piece], stops - cuts, edges.astype(np.int64))
 
 
@@ -136,7 +144,8 @@ class DataOrder:
 
     def take(self, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """The next ``count`` rows, each as starts and lengths of its parts; the position moves on."""
-        taken, epoch, row = [], self.position.epoch, self.position.row
+        taken: list[tuple[np.ndarray, np.ndarray]] = []
+        epoch, row = self.position.epoch, self.position.row
         while len(taken) < count:
             rows = self._rows_of(epoch)
             if row >= len(rows):
@@ -165,7 +174,9 @@ def pack(tokens: Tokens, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Packe
     )
 
 
-def divide(rows: Sequence[tuple[np.ndarray, np.ndarray]], part: int, parts: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def divide(
+    rows: Sequence[tuple[np.ndarray, np.ndarray]], part: int, parts: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Part ``part`` of ``parts``: rows next to each other, as many in each part as can be."""
     edges = [len(rows) * i // parts for i in (part, part + 1)]
     return list(rows[edges[0] : edges[1]])

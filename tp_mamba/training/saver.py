@@ -101,7 +101,9 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writes checkpoints")
         self._running: Future[None] | None = None
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], info: Mapping[str, Any], spared: int | None) -> None:
+    def save(
+        self, step: int, tensors: dict[str, torch.Tensor], info: Mapping[str, Any], spared: int | None
+    ) -> None:
         """Write ``tensors`` and ``info`` as the checkpoint of ``step``, while the caller goes on.
 
         Waits for the one before.
@@ -135,7 +137,9 @@ class Saver:
             warnings.warn(str(error), SaveWarning, stacklevel=2)
         self._pool.shutdown()
 
-    def _write(self, step: int, tensors: dict[str, torch.Tensor], info: dict[str, Any], spared: int | None) -> None:
+    def _write(
+        self, step: int, tensors: dict[str, torch.Tensor], info: dict[str, Any], spared: int | None
+    ) -> None:
         target = step_folder(self._run, step)
         new = target.with_name(target.name + _PARTIAL)
         owner = self._ranks.is_owner
@@ -153,14 +157,21 @@ class Saver:
             if owner:
                 remove(new)
             raise CheckpointWriteError(self._sentence(step, shown(error.strerror or error))) from error
-        except (Exception, CheckpointException) as error:  # what failed on any rank; the latter is no Exception
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # what failed on any rank; the latter is no Exception
             if owner:
                 remove(new)
             raise CheckpointWriteError(self._sentence(step, _cause(error))) from error
 
     def _sentence(self, step: int, why: str) -> str:
         left = [at for at in steps_in(self._run) if at != step]
-        last = f"the last good one is {step_folder(self._run, left[-1]).name}" if left else "there is none before it"
+        last = (
+            f"the last good one is {step_folder(self._run, left[-1]).name}"
+            if left
+            else "there is none before it"
+        )
         return (
             f"the checkpoint of step {step} cannot be written to {shown_path(self._run)} ({why}), {last}: make room "
             "there, then go on with --resume"
@@ -188,11 +199,13 @@ def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], ranks: Ranks) 
     """Write ``tensors`` to ``folder`` from all ranks, through :mod:`torch.distributed.checkpoint`."""
     writer = dcp.FileSystemWriter(folder, sync_files=True)
     with _quiet():
-        dcp.save(tensors, storage_writer=writer, process_group=ranks.file_group, no_dist=ranks.file_group is None)
+        dcp.save(
+            tensors, storage_writer=writer, process_group=ranks.file_group, no_dist=ranks.file_group is None
+        )
 
 
 def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], ranks: Ranks) -> None:
-    """Fill ``tensors``, which are described as for writing, with what ``folder`` holds, at whatever ranks it was written.
+    """Fill ``tensors``, which are described as for writing, from ``folder``, at whatever ranks it was written.
 
     Raises:
         CheckpointError: it is damaged, or lacks one of them.
@@ -200,7 +213,12 @@ def read_tensors(folder: Path, tensors: dict[str, torch.Tensor], ranks: Ranks) -
     reader = dcp.FileSystemReader(folder)
     try:
         with _quiet():
-            dcp.load(tensors, storage_reader=reader, process_group=ranks.file_group, no_dist=ranks.file_group is None)
+            dcp.load(
+                tensors,
+                storage_reader=reader,
+                process_group=ranks.file_group,
+                no_dist=ranks.file_group is None,
+            )
     except (Exception, CheckpointException) as error:
         raise CheckpointError(
             f"{shown_path(folder)} cannot be read as a checkpoint of this run ({_cause(error)}): resume from another"

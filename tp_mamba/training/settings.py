@@ -10,7 +10,17 @@ from typing import Any, Final
 from tp_mamba.quoting import quoted
 
 CHANGEABLE: Final = frozenset(
-    {"steps", "eval_every", "valid_batches", "save_every", "keep", "log_every", "patience", "micro_batches", "max_seconds"}
+    {
+        "steps",
+        "eval_every",
+        "valid_batches",
+        "save_every",
+        "keep",
+        "log_every",
+        "patience",
+        "micro_batches",
+        "max_seconds",
+    }
 )
 """What may differ when a run goes on: it decides how far, how often, and in how many parts, not what is computed."""
 
@@ -82,7 +92,9 @@ class TrainSettings:
                 raise ValueError(f"{name} is {quoted(value)}, it must be a finite number above 0")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {quoted(getattr(self, name))}, it must be at least 0 and below 1")
+                raise ValueError(
+                    f"{name} is {quoted(getattr(self, name))}, it must be at least 0 and below 1"
+                )
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(
                 f"weight_decay is {quoted(self.weight_decay)}, it must be a finite number of at least 0"

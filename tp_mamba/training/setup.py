@@ -62,7 +62,9 @@ def check_vocabulary(config: MambaConfig, tokenizer: Tokenizer | None) -> None:
         )
 
 
-def load_data(data: Data, tokenizer: Tokenizer | None, end_of_text: int | None) -> tuple[Tokens, Tokens | None]:
+def load_data(
+    data: Data, tokenizer: Tokenizer | None, end_of_text: int | None
+) -> tuple[Tokens, Tokens | None]:
     """The tokens to train on and to validate on.
 
     Raises:
@@ -115,7 +117,12 @@ def build_model(
         assert config is not None
         torch.manual_seed(seed)
         model = MambaForCausalLM(
-            replace(config, dtype=None), tp, torch.float32, tp.device, trainable=True, compute_dtype=compute_dtype
+            replace(config, dtype=None),
+            tp,
+            torch.float32,
+            tp.device,
+            trainable=True,
+            compute_dtype=compute_dtype,
         )
     model.checkpoint_level = checkpoint_level
     return model

@@ -11,7 +11,9 @@ from tp_mamba.training.optimizer import MOMENTS
 from tp_mamba.training.ranks import Ranks
 
 
-def _held(masters: Sequence[Master], optimizer: torch.optim.Optimizer | None) -> dict[str, tuple[Master, torch.Tensor]]:
+def _held(
+    masters: Sequence[Master], optimizer: torch.optim.Optimizer | None
+) -> dict[str, tuple[Master, torch.Tensor]]:
     """Key in a checkpoint -> whose it is, and this rank's part, padding included."""
     found = {f"model.{master.name}": (master, master.local.detach()) for master in masters}
     if optimizer is not None:

@@ -14,7 +14,7 @@ import torch
 
 from tp_mamba.batch import packed_sequences
 from tp_mamba.model import MambaForCausalLM
-from tp_mamba.training.data_parallel import masters_of, shard_over_data, average_over_data
+from tp_mamba.training.data_parallel import average_over_data, masters_of, shard_over_data
 from tp_mamba.training.flops import flops_per_token, peak_flops
 from tp_mamba.training.metrics import Metrics
 from tp_mamba.training.optimizer import (
@@ -220,7 +220,9 @@ class Trainer:
             # All data ranks gather parameters together: one without rows computes one, and does not count it.
             loss = self._loss(pack(self._valid, mine or all_rows[:1]))
             if mine and ranks.tp.rank == 0:
-                total += torch.stack([loss.double(), loss.new_tensor(count_tokens(mine), dtype=torch.float64)])
+                total += torch.stack(
+                    [loss.double(), loss.new_tensor(count_tokens(mine), dtype=torch.float64)]
+                )
         loss_sum, count = ranks.world.all_reduce_(total).tolist()
         return loss_sum / count
 
@@ -231,7 +233,11 @@ class Trainer:
         info = {
             "step": self.step,
             "position": [self._order.position.epoch, self._order.position.row],
-            "best": [self.best.step, self.best.loss if math.isfinite(self.best.loss) else None, self.best.since],
+            "best": [
+                self.best.step,
+                self.best.loss if math.isfinite(self.best.loss) else None,
+                self.best.since,
+            ],
             "config": self.model.config.to_dict(),
             "settings": self.settings.to_dict(),
             "ranks": {"dp": self.ranks.dp.size, "tp": self.ranks.tp.size},
