@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-MEASURE = ("scan", "conv", "state_update", "norm", "gemm", "layer", "decode", "whole", "long", "trace", "cpu")
+MEASURE = (
+    "scan", "scan_backward", "conv", "state_update", "norm", "gemm", "layer", "decode", "whole", "long", "trace", "cpu",
+)  # fmt: skip
 SHOW = ("plot", "table")
 NAMES = MEASURE + SHOW
 

@@ -53,6 +53,17 @@ SCAN: dict[tuple[int, int, int], Target] = _rows(
 )
 """Forward scan with softplus, D skip and gate, by (sequences, tokens of each, D); milliseconds."""
 
+SCAN_BACKWARD: dict[tuple[int, int, int], Target] = _rows(
+    ("mamba_ssm",),
+    {
+        (1, 8192, 8192): (2.5, 1.7, 4.99),
+        (16, 512, 8192): (2.1, 1.5, 4.13),
+        (4, 2048, 5120): (1.5, 1.1, 2.87),
+        (1, 8192, 4096): (1.5, 1.0, 2.68),
+    },
+)
+"""Backward scan with softplus, D skip and gate, by (sequences, tokens of each, D); milliseconds."""
+
 LAYER: dict[tuple[int, int, int], Target] = _rows(
     ("vLLM", "GEMMs"),
     {

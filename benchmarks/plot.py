@@ -28,6 +28,7 @@ SHADES = 64
 
 LIMITS = {
     "scan": "the exponential unit",
+    "scan_backward": "the exponential unit",
     "conv": "bytes",
     "state_update": "bytes",
     "norm": "bytes",

@@ -11,6 +11,7 @@ from benchmarks.report import Row, read_json
 
 TITLES = {
     "scan": "selective scan",
+    "scan_backward": "selective scan, backward",
     "conv": "causal convolution",
     "state_update": "state update",
     "norm": "norms",

@@ -23,6 +23,7 @@ from benchmarks import (
     norm,
     peers,
     scan,
+    scan_backward,
     state_update,
     whole,
 )
@@ -57,6 +58,16 @@ WORKLOADS: dict[str, tuple[Callable[..., Workload], Any, str]] = {
         partial(scan.build, sequences=1, length=30, channels=10, form="mixer", states=4),
         scan,
         "selective_scan_fn",
+    ),
+    "scan backward, full": (
+        partial(scan_backward.build, sequences=3, length=9, channels=10, form="full", states=4),
+        scan_backward,
+        "backward",
+    ),
+    "scan backward, mixer": (
+        partial(scan_backward.build, sequences=1, length=70, channels=10, form="mixer", states=4),
+        scan_backward,
+        "backward",
     ),
     "conv": (partial(conv.build_forward, sequences=3, length=9, channels=10), conv, "causal_conv1d_fn"),
     "conv update": (partial(conv.build_update, batch=5, channels=10, copies=3), conv, "causal_conv1d_update"),
