@@ -44,7 +44,10 @@ SIZES: dict[str, Any] = {
         ({"dtype": "half-float"}, "layer.mixer: dtype='half-float' is not supported"),
         ({"tp": TensorParallel.virtual(0, 11)}, "has 10 channels, too few for 11 tensor-parallel ranks"),
         ({"is_lora_enabled": True}, "is_lora_enabled is set but adapters are not available yet"),
-        ({"cache_config": CacheConfig(enable_prefix_caching=True)}, "enable_prefix_caching is set"),
+        (
+            {"cache_config": CacheConfig(mamba_block_size=0)},
+            "mamba_block_size is 0: it is a number of tokens",
+        ),
         ({"cache_config": CacheConfig(mamba_block_size=16)}, "mamba_block_size is 16"),
         (
             {"cache_config": CacheConfig(mamba_ssm_cache_dtype="int8")},
