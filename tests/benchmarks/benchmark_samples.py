@@ -12,6 +12,7 @@ import torch
 import tp_mamba.mixer
 import tp_mamba.model
 from benchmarks import (
+    backward,
     checking,
     conv,
     cpu,
@@ -80,6 +81,21 @@ WORKLOADS: dict[str, tuple[Callable[..., Workload], Any, str]] = {
         partial(state_update.build, batch=1, channels=10, form="mixer", states=4, copies=2),
         state_update,
         "selective_state_update",
+    ),
+    "backward of the convolution": (
+        partial(backward.build_convolution, sequences=2, length=9, channels=12),
+        backward,
+        "convolution",
+    ),
+    "backward of the norm": (
+        partial(backward.build_added_norm, tokens=7, hidden=24),
+        backward,
+        "added_norm",
+    ),
+    "backward of the time steps": (
+        partial(backward.build_time_steps, tokens=7, channels=12, rank=6),
+        backward,
+        "time_steps",
     ),
     "add and norm": (partial(norm.build_add, tokens=7, hidden=24, copies=2), norm, "add_rms_norm"),
     "split and norms": (partial(norm.build_split, tokens=7, rank=6, states=4, copies=2), norm, "split_dt_bc"),

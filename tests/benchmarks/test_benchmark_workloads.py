@@ -12,6 +12,7 @@ from benchmark_samples import WORKLOADS, built
 import tp_mamba.mixer
 import tp_mamba.model
 from benchmarks import (
+    backward,
     conv,
     cpu,
     decode,
@@ -70,7 +71,9 @@ def test_a_long_layer_is_checked_to_its_last_token(monkeypatch: pytest.MonkeyPat
     ]
 
 
-@pytest.mark.parametrize("module", [scan, conv, state_update, norm, gemm, layer, decode, whole, long, cpu])
+@pytest.mark.parametrize(
+    "module", [scan, conv, state_update, norm, backward, gemm, layer, decode, whole, long, cpu]
+)
 def test_cases_are_well_formed(module: ModuleType) -> None:
     names = [case.name for case in module.CASES]
     assert len(names) == len(set(names))
