@@ -6,9 +6,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from toy_model import ToyModel, prompts_of
 
+from tp_mamba.engine.choice import choose
 from tp_mamba.engine.generate import generate, stream
 from tp_mamba.engine.params import SamplingParams
-from tp_mamba.engine.sampler import choose
 from tp_mamba.engine.uniforms import UniformStream
 
 SAMPLED = {

@@ -7,17 +7,10 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
+from tp_mamba.engine.choice import NOT_FINITE, RowParams, choose, draw, penalise_repetition, token_weights
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.request import Request
-from tp_mamba.engine.sampler import (
-    NOT_FINITE,
-    RowParams,
-    Sampler,
-    choose,
-    draw,
-    penalise_repetition,
-    token_weights,
-)
+from tp_mamba.engine.sampler import Sampler
 from tp_mamba.engine.uniforms import UniformStream
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -34,6 +34,15 @@ class ModelConfig(Protocol):
         """The id with which shorter rows of a tensor of prompts are filled up; None: perhaps the ends of text."""
 
 
+def cuts_logits(model: Model) -> bool:
+    """Whether ``model`` gives each of several ranks its own columns of the logits, if asked.
+
+    It then says so by an attribute ``gives_cut_logits``, and its ``forward_packed`` takes ``whole_vocab=False``: the
+    result is ``[len(logits_indices), W]``, the columns of this rank, ``W`` the vocabulary over the ranks, rounded up.
+    """
+    return model.tp.size > 1 and getattr(model, "gives_cut_logits", False)
+
+
 class Model(Protocol):
     """A language model over the ranks of ``tp``, which continues sequences that a cache remembers."""
 

@@ -10,7 +10,7 @@ from tp_mamba.engine.buffers import StepBuffers, StepInputs, StepTensors, TokenR
 from tp_mamba.engine.checks import check_step, check_tensors
 from tp_mamba.engine.graphs import Capture, CaptureReport, StepGraphs
 from tp_mamba.engine.ladder import Ladder, Rung
-from tp_mamba.engine.model import Cache, Model
+from tp_mamba.engine.model import Cache, Model, cuts_logits
 from tp_mamba.engine.scheduler import Schedule
 
 
@@ -38,6 +38,7 @@ class Runner:
         ladder: Ladder | None = None,
         capture: Capture | None = None,
         check_steps: bool = False,
+        cut_logits: bool = False,
     ) -> None:
         """For sequences in ``slots`` slots of ``cache``, and as many prompt tokens a step.
 
@@ -46,8 +47,11 @@ class Runner:
             capture: how the steps of a ladder are captured; None runs them eagerly at the ladder's capacities.
             check_steps: compare every index of a step with what it may be, before the step is launched; the host then
                 waits for the device in every step.
+            cut_logits: leave each rank its own columns of the logits, where the model can.
         """
         self._model, self._cache, self._slots = model, cache, slots
+        self.logits_are_cut = cut_logits and cuts_logits(model)
+        self._options = {"whole_vocab": False} if self.logits_are_cut else {}
         self._vocab_size = model.config.vocab_size
         self._check = check_steps
         self._buffers = StepBuffers(slots, max_prefill_tokens, self._vocab_size, model.device)
@@ -129,7 +133,9 @@ class Runner:
         tensors = self._fill(step)
         self._answers = tensors.answers
         ids = self._buffers.table.index_select(0, tensors.places)
-        return self._model.forward_packed(ids, tensors.metadata, self._cache, logits_indices=tensors.wanted)
+        return self._model.forward_packed(
+            ids, tensors.metadata, self._cache, logits_indices=tensors.wanted, **self._options
+        )
 
     def _run(self, step: StepInputs, rung: Rung) -> torch.Tensor:
         assert self._graphs is not None
@@ -146,7 +152,9 @@ class Runner:
         """The step that lies in the buffers, padded to ``rung``; its logits go to where all such steps leave them."""
         tensors = self._buffers.views(rung)
         ids = self._buffers.table.index_select(0, tensors.places)
-        logits = self._model.forward_packed(ids, tensors.metadata, self._cache, logits_indices=tensors.wanted)
+        logits = self._model.forward_packed(
+            ids, tensors.metadata, self._cache, logits_indices=tensors.wanted, **self._options
+        )
         if self._logits is None:  # the first such step is never one that is captured
             self._logits = torch.empty(self._slots, logits.shape[1], dtype=logits.dtype, device=logits.device)
         self._logits[: len(logits)].copy_(logits)

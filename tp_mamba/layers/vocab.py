@@ -135,12 +135,19 @@ class ParallelLMHead(VocabParallelTable):
 
     def forward(self, h: torch.Tensor | Scattered, rows: torch.Tensor | None = None) -> torch.Tensor:
         """``h [..., H]``, or those of its rows that are asked for, -> float32 or wider logits ``[..., V]``."""
+        logits = gather_from_tp(self._local(h, rows), self.tp)[..., : self.num_embeddings]
+        return logits.to(wide_dtype(logits.dtype))
+
+    def columns(self, h: torch.Tensor | Scattered, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """This rank's columns ``[..., W]`` of the logits, padding at the end of the last ranks' included."""
+        local = self._local(h, rows)
+        return local.to(wide_dtype(local.dtype))
+
+    def _local(self, h: torch.Tensor | Scattered, rows: torch.Tensor | None) -> torch.Tensor:
         h = whole(h, self.tp)
         if rows is not None:
             h = h[rows]
-        local = linear(h, for_activations(self.weight, h))
-        logits = gather_from_tp(local, self.tp)[..., : self.num_embeddings]
-        return logits.to(wide_dtype(logits.dtype))
+        return linear(h, for_activations(self.weight, h))
 
     def losses(
         self, h_TH: torch.Tensor | Scattered, labels_T: torch.Tensor, *, ignore_index: int = IGNORE_INDEX

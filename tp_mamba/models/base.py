@@ -127,6 +127,8 @@ class CausalLM(nn.Module):
         checkpoint_folder: where it was loaded from, None for a model that was not.
     """
 
+    gives_cut_logits = True
+
     def __init__(
         self,
         config: MambaConfig,
@@ -275,6 +277,8 @@ class CausalLM(nn.Module):
         metadata: MambaMetadata,
         cache: StateCache,
         logits_indices: torch.Tensor | None = None,
+        *,
+        whole_vocab: bool = True,
     ) -> torch.Tensor:
         """Logits of a packed batch that continues, and updates, the slots its metadata names.
 
@@ -286,9 +290,11 @@ class CausalLM(nn.Module):
             metadata: what the tokens are.
             cache: the states.
             logits_indices: which tokens' logits are wanted; all by default.
+            whole_vocab: gather the logits of all ranks; otherwise each has its own columns.
 
         Returns:
-            float32 ``[len(logits_indices) or T, V]``, whole and the same bits on every rank.
+            float32 ``[len(logits_indices) or T, V]``, whole and the same bits on every rank; or this rank's columns
+            ``[..., W]``, ``W`` the vocabulary over the ranks, rounded up.
 
         Raises:
             ValueError: ``input_ids`` is not ``[metadata.num_tokens]``, or ``cache`` is another model's.
@@ -303,7 +309,9 @@ class CausalLM(nn.Module):
                 f"got input_ids of shape {list(input_ids.shape)}, the metadata describes [{metadata.num_tokens}] "
                 "packed tokens: pass the metadata built for this batch"
             )
-        return self.lm_head(self.backbone(input_ids, metadata, cache), logits_indices)
+        hidden = self.backbone(input_ids, metadata, cache)
+        head = self.lm_head if whole_vocab else self.lm_head.columns
+        return head(hidden, logits_indices)
 
     def loss(
         self,
