@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SAMPLE := sample-checkpoint
+MODEL := examples/shakespeare-mamba-hf
 PROMPT ?= First Citizen:
 # Ranks of the demo: all GPUs, or two processes on a CPU.
 TP ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
@@ -20,9 +20,9 @@ export PYTHONSAFEPATH = 1
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 
-demo: $(VENV)/.installed $(SAMPLE)/config.json  ## generate text from a small sample checkpoint over two ranks, or all GPUs
-	$(BIN)/tp-mamba generate $(SAMPLE) --tp $(TP) --prompt "$(PROMPT)" --max-new-tokens 120 \
-	  --temperature 0.6 --top-p 0.9 --repetition-penalty 1.1 --seed 1
+demo: $(VENV)/.installed  ## generate Shakespeare from the trained example model over two ranks, or all GPUs
+	$(BIN)/tp-mamba generate $(MODEL) --tp $(TP) --prompt "$(PROMPT)" --dtype float32 --max-new-tokens 400 \
+	  --temperature 0.8 --top-p 0.95 --seed 1
 
 test: $(VENV)/.installed-dev  ## run every test; those for GPUs are skipped where there is none
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
@@ -41,7 +41,7 @@ format: $(VENV)/.installed-dev  ## let ruff fix what it can, and format
 	$(BIN)/ruff format .
 
 clean:  ## remove what was built here, but not .venv
-	rm -rf build dist $(SAMPLE) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -56,6 +56,3 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e ".[dev]"
 	@touch $@
-
-$(SAMPLE)/config.json: examples/sample_checkpoint.py examples/shakespeare.txt | $(VENV)/.installed
-	$(BIN)/python examples/sample_checkpoint.py $(SAMPLE)
