@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tp_mamba.config import MambaConfig
-from tp_mamba.engine.engine import MAX_BATCH_SIZE
 from tp_mamba.engine.memory import Needs, agree_on_limits
+from tp_mamba.engine.room import MAX_BATCH_SIZE
 from tp_mamba.launch.agreement import agree_on_weights
 from tp_mamba.launch.arguments import torch_dtype
 from tp_mamba.launch.console import progress_bar, tell

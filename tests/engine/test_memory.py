@@ -12,9 +12,10 @@ from toy_model import ToyModel, prompts_of
 from tp_mamba.batch import whole_sequences
 from tp_mamba.config import MambaConfig
 from tp_mamba.engine import memory
-from tp_mamba.engine.engine import MAX_BATCH_SIZE, Engine
+from tp_mamba.engine.engine import Engine
 from tp_mamba.engine.generate import generate, stream
 from tp_mamba.engine.memory import ClampedWarning, Limits, MemoryShortError, Needs, choose_limits
+from tp_mamba.engine.room import MAX_BATCH_SIZE
 from tp_mamba.model import MambaForCausalLM
 from tp_mamba.models.activations import PeakMemory, activation_bytes_per_token
 

@@ -170,7 +170,7 @@ def test_random_steps_lose_no_slot(overlap: bool, steps: int) -> None:
             used = 6 - model.cache.num_free
             holding = [r for r in engine._requests.values() if r.slot is not None and not r.all_launched]
             assert used == len(holding)
-            assert len(engine._pending) <= int(overlap)
+            assert engine._steps.in_flight <= int(overlap)
         assert len(added) > 0.4 * steps
         while engine.has_work:
             engine.step()
@@ -215,10 +215,9 @@ def test_closing_and_dropping_with_a_step_in_flight(overlap: bool) -> None:
     for prompt in prompts_of([3, 4, 50]):
         engine.add_request(prompt, SamplingParams(max_new_tokens=9))
     engine.step()
-    assert len(engine._pending) == int(overlap)
+    assert engine._steps.in_flight == int(overlap)
     engine.close()
     assert not model.caches[0].used
-    assert not engine._pending
     cache = weakref.ref(model.caches.pop())
     assert cache() is None, "its memory would wait for a garbage collection"
     engine.close()

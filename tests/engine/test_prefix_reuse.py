@@ -54,7 +54,7 @@ def ids(seed: int, length: int) -> list[int]:
 def test_requests_that_join_and_leave_at_random_say_what_each_says_alone(
     overlap: bool, snapshots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tp_mamba.engine.engine.MAX_SNAPSHOTS", snapshots)
+    monkeypatch.setattr("tp_mamba.engine.room.MAX_SNAPSHOTS", snapshots)
     rng, model = random.Random(snapshots), ToyModel(eos=(3,), usable=37)
     alone: dict[int, list[int | None]] = {}
     found: dict[int, list[int | None]] = {}
@@ -244,7 +244,7 @@ def test_what_fits_is_divided_between_sequences_and_snapshots(monkeypatch: pytes
     def room_for_8(*_: object, max_batch_size: int, max_prefill_tokens: int, **__: object) -> Limits:
         return Limits(min(8, max_batch_size), max_prefill_tokens, None)
 
-    monkeypatch.setattr("tp_mamba.engine.engine.agree_on_limits", room_for_8)
+    monkeypatch.setattr("tp_mamba.engine.room.agree_on_limits", room_for_8)
     for asked, expected in ((None, (6, 2)), (8, (6, 2)), (3, (3, 5))):
         with Engine(ToyModel(), max_batch_size=asked, cache_config=keeping()) as engine:
             engine.start()
