@@ -1,7 +1,7 @@
 """Real process groups for tests: a few worker processes per session that run functions as ranks.
 
-Starting a process that imports torch costs seconds, so the workers stay alive and take job after job. They meet
-through a file (no port), and a job that fails or hangs takes its pool down with it, never the test session.
+The workers stay alive and take job after job. They meet through a file (no port), and a job that fails or hangs takes
+its pool down with it, never the test session.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forks
 import torch
 
 from tp_mamba.launch.ranks.failures import is_consequence
@@ -85,7 +86,8 @@ class RankPool:
         self._pipes: list[Connection] = []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        # NCCL wants CUDA, which is started in a process of its own from the beginning.
+        context = forks.context() if self.backend == "gloo" else mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         rendezvous = str(Path(self._folder.name) / "rendezvous")
         for rank in range(self.size):

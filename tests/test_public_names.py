@@ -28,3 +28,11 @@ def test_the_version_is_that_of_the_installed_package() -> None:
 def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, tp_mamba; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+def test_importing_a_model_imports_no_compiler() -> None:
+    """Neither torch's nor Triton: together they take longer than all the rest of a command's start."""
+    code = (
+        "import sys, tp_mamba.model; sys.exit(bool({'torch._dynamo', 'triton', 'sympy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tp_mamba.batch import MambaMetadataBuilder
+from tp_mamba.kernels import linear
 from tp_mamba.mixer import MambaMixer, MambaState
 
 
@@ -47,3 +48,7 @@ def test_with_metadata_and_state() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         for ours, theirs in zip(*states, strict=True):
             torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+
+
+def test_the_number_of_multiprocessors_is_a_constant_for_a_compiler() -> None:
+    assert vars(linear._sm_count) == vars(torch.compiler.assume_constant_result(lambda: None)) != {}

@@ -7,6 +7,7 @@ import socket
 from datetime import timedelta
 from typing import Any
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
@@ -104,7 +105,7 @@ def _join(rank: int, size: int, port: int, gpus: list[int], results: Any) -> Non
 
 @pytest.mark.parametrize("gpus", [[0, 0], [0, 1]])
 def test_hosts_with_unequal_gpus_do_not_hang(gpus: list[int]) -> None:
-    context = mp.get_context("spawn")
+    context = forks.context()
     results = context.Queue()
     port = free_port()
     ranks = [context.Process(target=_join, args=(rank, 2, port, gpus, results)) for rank in range(2)]
