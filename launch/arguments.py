@@ -85,6 +85,19 @@ def sampling(field: str, parse: Callable[[str], Any] = str) -> Callable[[str], A
     return convert
 
 
+def logit_bias(text: str) -> tuple[int, float]:
+    """``ID=X``, one pair of SamplingParams' ``logit_bias``."""
+    token, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an id and what is added, as in 11=-100")
+    pair = (_number(token, int), _number(value, float))
+    try:
+        SamplingParams(logit_bias=(pair,))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return pair
+
+
 def _number(text: str, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(text)

@@ -11,6 +11,7 @@ from tp_mamba.launch.arguments import (
     add_checkpoint,
     add_device,
     fraction,
+    logit_bias,
     positive_int,
     rank_count,
     sampling,
@@ -140,11 +141,15 @@ def add_sampling(group: argparse._ActionsContainer) -> None:
         ("top_p", float, "P", "smallest set of likeliest tokens of mass P"),
         ("min_p", float, "P", "drop tokens below P times the likeliest"),
         ("repetition_penalty", float, "X", "above 1: repeat less"),
+        ("presence_penalty", float, "X", "taken from the logits of tokens that the text holds"),
+        ("frequency_penalty", float, "X", "taken from them once for each time that it does"),
+        ("min_tokens", int, "N", "do not end before so many tokens"),
         ("seed", int, "N", "default 0"),
     )
     for field, parse, metavar, text in numbers:
         name, default = f"--{field.replace('_', '-')}", SamplingParams.__dataclass_fields__[field].default
-        group.add_argument(name, type=sampling(field, parse), default=default, metavar=metavar, help=text)
+        checked = parse if field == "min_tokens" else sampling(field, parse)  # its limit is another argument
+        group.add_argument(name, type=checked, default=default, metavar=metavar, help=text)
     several: tuple[tuple[str, str, type[int] | type[str], str, str], ...] = (
         ("stop", "--stop", str, "TEXT", "end before this text; may be repeated"),
         ("stop_token_ids", "--stop-token-id", int, "ID", "end at this token; may be repeated"),
@@ -159,6 +164,14 @@ def add_sampling(group: argparse._ActionsContainer) -> None:
             metavar=metavar,
             help=text,
         )
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=logit_bias,
+        default=[],
+        metavar="ID=X",
+        help="added to the logit of this token; may be repeated",
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
 
 

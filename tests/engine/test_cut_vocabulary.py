@@ -36,6 +36,10 @@ FILTERS = [
     {"temperature": 30.0, "top_p": 0.9},
     {"temperature": 1.7, "top_k": 40, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.4},
     {"temperature": 0.0, "repetition_penalty": 1.3},
+    {"temperature": 0.0, "presence_penalty": 1.5, "frequency_penalty": 0.7},
+    {"presence_penalty": -0.4, "repetition_penalty": 1.2, "top_k": 9},
+    {"frequency_penalty": 1.9, "logit_bias": {1: 3.5, 4: -100.0}},
+    {"temperature": 0.0, "logit_bias": {0: 2.0, 2: -1.0}, "min_tokens": 2, "stop_token_ids": (1, 3)},
 ]
 ROWS = 24
 
@@ -74,16 +78,27 @@ def _choose(tp: TensorParallel, vocab_sizes: list[int]) -> list[str]:
         seen = torch.rand(ROWS, vocab_size, generator=generator) < 0.2
         if params.repetition_penalty == 1:
             seen = None
+        made = torch.randint(4, (ROWS, vocab_size), generator=generator, dtype=torch.int32)
+        bias = torch.zeros(ROWS, vocab_size)
+        for token, value in params.logit_bias:
+            bias[:, token] = value
         if not params.temperature:
             uniforms = None
         expected = choose(
-            logits[:, :usable], params, seen=None if seen is None else seen[:, :usable], uniforms=uniforms
+            logits[:, :usable],
+            params,
+            seen=None if seen is None else seen[:, :usable],
+            made=made[:, :usable],
+            bias=bias[:, :usable],
+            uniforms=uniforms,
         )
         found = choose_over_ranks(
             _columns(logits, cut, 1e9),
             params,
             cut,
             seen=None if seen is None else _columns(seen, cut, 0),
+            made=_columns(made, cut, 0),
+            bias=_columns(bias, cut, 0),
             uniforms=uniforms,
         )
         if not torch.equal(found, expected):

@@ -160,7 +160,7 @@ def test_max_batch_size_and_its_default(
     assert err == ""
     results = json.loads(out)["results"]
     plan = json.loads(planned(sample, capsys))
-    each = plan["state_bytes_per_sequence"] + 72 * 512 + plan["activation_bytes_per_token"]
+    each = plan["state_bytes_per_sequence"] + 96 * 512 + plan["activation_bytes_per_token"]
     room = plan["bytes_per_rank"] + 2 * each + 9 * plan["activation_bytes_per_token"]
     monkeypatch.setattr(memory, "free_memory", lambda device: room)
     limits = ["--max-prefill-tokens", "9", "--memory-fraction", "1"]

@@ -38,6 +38,10 @@ class RowParams:
     """float64 column."""
     repetition_penalty: float | torch.Tensor
     """float64 column."""
+    presence_penalty: float | torch.Tensor = 0.0
+    """float64 column."""
+    frequency_penalty: float | torch.Tensor = 0.0
+    """float64 column."""
     greedy: torch.Tensor | None = None
     """``[B]`` bool: rows that take the likeliest token; None if all rows draw, or all are greedy."""
     largest_k: int = 0
@@ -49,6 +53,8 @@ def choose(
     params: SamplingParams | RowParams,
     *,
     seen: torch.Tensor | None = None,
+    made: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     uniforms: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The next token of each row; nothing waits for the device.
@@ -56,14 +62,13 @@ def choose(
     Args:
         logits: ``[B, V]`` float.
         params: how to choose, for all rows or row by row: a row's token is the same either way.
-        seen: ``[B, V]`` bool, the ids of each row's prompt and text; None for no repetition penalty.
+        seen, made, bias: as in :func:`adjust`.
         uniforms: ``[B]`` float64 in [0, 1); None if every row is greedy.
 
     Returns:
         ``[B]`` int64, :data:`NOT_FINITE` where a row's largest logit is infinite or any is NaN.
     """
-    if seen is not None:
-        logits = penalise_repetition(logits, seen, params.repetition_penalty)
+    logits = adjust(logits, params, seen=seen, made=made, bias=bias)
     highest, tokens = logits.max(-1)  # the first of several, as everywhere
     if uniforms is not None:
         greedy = tokens
@@ -71,6 +76,44 @@ def choose(
         if isinstance(params, RowParams) and params.greedy is not None:
             tokens = torch.where(params.greedy, greedy, tokens)
     return torch.where(highest.isfinite(), tokens, NOT_FINITE)
+
+
+def adjust(
+    logits: torch.Tensor,
+    params: SamplingParams | RowParams,
+    *,
+    seen: torch.Tensor | None = None,
+    made: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``logits [B, V]`` as a choice takes them; a row for which nothing is to change keeps its bits.
+
+    Args:
+        params: the penalties, for all rows or row by row.
+        seen: ``[B, V]`` bool, the ids of each row's prompt and text; None for no repetition penalty.
+        made: ``[B, V]`` int32, how often each row's text holds each id; None for no presence or frequency penalty.
+        bias: ``[B, V]`` float32, added first; None for none.
+    """
+    if bias is not None:
+        logits = logits + bias
+    if seen is not None:
+        logits = penalise_repetition(logits, seen, params.repetition_penalty)
+    if made is not None:
+        logits = penalise_counts(logits, made, params.presence_penalty, params.frequency_penalty)
+    return logits
+
+
+def penalise_counts(
+    logits: torch.Tensor,
+    made: torch.Tensor,
+    presence: float | torch.Tensor,
+    frequency: float | torch.Tensor,
+) -> torch.Tensor:
+    """``logits [B, V]`` less ``presence``, once, and ``frequency`` times ``made [B, V]`` where that is not zero."""
+    columns = [
+        each.to(logits.dtype) if isinstance(each, torch.Tensor) else each for each in (frequency, presence)
+    ]
+    return logits - made.to(logits.dtype) * columns[0] - (made > 0).to(logits.dtype) * columns[1]
 
 
 def penalise_repetition(

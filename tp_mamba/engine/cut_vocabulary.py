@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tp_mamba.engine.choice import NOT_FINITE, RowParams, penalise_repetition, quotient
+from tp_mamba.engine.choice import NOT_FINITE, RowParams, adjust, quotient
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.parallel.group import TensorParallel
 
@@ -61,6 +61,8 @@ def choose_over_ranks(
     cut: CutVocabulary,
     *,
     seen: torch.Tensor | None = None,
+    made: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     uniforms: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As :func:`tp_mamba.engine.sampler.choose` of the whole rows, on every rank.
@@ -69,14 +71,13 @@ def choose_over_ranks(
         logits: ``[B, W]`` float, this rank's columns.
         params: how to choose, for all rows or row by row.
         cut: which columns they are.
-        seen: ``[B, W]`` bool, of this rank's ids those in each row's prompt and text; None for no penalty.
+        seen, made, bias: ``[B, W]``, this rank's columns of what :func:`tp_mamba.engine.choice.adjust` takes.
         uniforms: ``[B]`` float64 in [0, 1), the same on every rank; None if every row is greedy.
 
     Returns:
         ``[B]`` int64 ids, or ``NOT_FINITE``.
     """
-    if seen is not None:
-        logits = penalise_repetition(logits, seen, params.repetition_penalty)
+    logits = adjust(logits, params, seen=seen, made=made, bias=bias)
     if cut.own < cut.width:
         padding = torch.arange(cut.width, device=logits.device) >= cut.own
         logits = logits.masked_fill(padding, -torch.inf)

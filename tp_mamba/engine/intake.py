@@ -49,6 +49,8 @@ class RequestBuilder:
         """
         ids = checked_prompt(index, prompt, self._config.vocab_size)
         _check_ids(f"stop_token_ids {params.stop_token_ids}", params.stop_token_ids, self._config.vocab_size)
+        biased = tuple(token for token, _ in params.bias_pairs)
+        _check_ids(f"logit_bias of ids {biased}", biased, self._config.vocab_size)
         if params.stop and self._tokenizer is None:
             raise ValueError(
                 f"stop strings {params.stop} were given without a tokenizer: pass one, or use stop_token_ids"

@@ -25,8 +25,9 @@ MEMORY_FRACTION = 0.9
 LEAST_PREFILL_TOKENS = 64
 """Prompt tokens of a step below which memory does not push them."""
 
-_SAMPLING_BYTES = 72
-"""Bytes per id of the vocabulary that choosing one row's token takes: logits, float64 copies, a sort."""
+_SAMPLING_BYTES = 96
+"""Bytes per id of the vocabulary that choosing one row's token takes: logits, float64 copies, a sort, tables of what
+was made."""
 
 _CAPTURED_TOKENS = 2048
 """Tokens of the largest step whose activations captured graphs keep for themselves."""

@@ -8,7 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, SupportsFloat, SupportsIndex
 
+MAX_BIAS = 100.0
+"""Largest size of a value of ``logit_bias``, as in OpenAI's interface."""
+
 _MIN_TEMPERATURE = 1e-6  # below it the quotient of two logits leaves what a float can tell apart
+
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,9 +23,9 @@ class SamplingParams:
     Sampling defaults that a checkpoint recommends (``generation_config.json``) are not applied: what is written
     here is what happens. Only its end-of-text ids count, as part of the model's configuration.
 
-    The filters apply in transformers' order and keep what its logits processors keep: repetition penalty,
-    temperature, top-k, top-p, min-p. At temperature 0 the likeliest token wins whatever the last three say,
-    since each of them keeps it.
+    The names are vLLM's, and so is the order: ``logit_bias`` and ``min_tokens``, then the repetition, frequency and
+    presence penalties, then the filters, which keep what transformers' logits processors keep: temperature, top-k,
+    top-p, min-p. At temperature 0 the likeliest token wins whatever the last three say, since each of them keeps it.
     """
 
     max_new_tokens: int = 128
@@ -35,6 +40,15 @@ class SamplingParams:
     """Keep tokens at least this many times as likely as the likeliest, in [0, 1]."""
     repetition_penalty: float = 1.0
     """Divides the positive logits of tokens already in prompt or text, multiplies the negative; above 0."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that the text holds (the prompt does not count), in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of a token once for each time that the text holds it, in [-2, 2]."""
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these ids, each in [-100, 100]; kept as pairs, in order of id."""
+    min_tokens: int = 0
+    """Tokens that are made before any may end the text: neither end-of-text nor stop ids are chosen until then, and
+    what they spell is not searched for stop strings."""
     seed: int = 0
     """Together with the prompt's position in the call it fixes the prompt's random numbers; 0 to 2^64 - 1."""
     stop_token_ids: tuple[int, ...] = ()
@@ -68,17 +82,39 @@ class SamplingParams:
                 f"repetition_penalty={self.repetition_penalty} is out of range: it is a finite number "
                 "above 0 (1 for none)"
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is out of range: it lies between -2 and 2 (0 for none)"
+                )
+        for token, bias in self.bias_pairs:
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise ValueError(
+                    f"logit_bias of id {token} is {bias}: it lies between {-MAX_BIAS:g} and {MAX_BIAS:g}"
+                )
+        if not 0 <= self.min_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is out of range: it lies between 0 and "
+                f"max_new_tokens={self.max_new_tokens}"
+            )
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed} is out of range: it lies between 0 and 2**64 - 1")
         if "" in self.stop:
             raise ValueError("stop holds an empty string, which every text contains: leave it out")
 
+    @property
+    def bias_pairs(self) -> tuple[tuple[int, float], ...]:
+        """``logit_bias`` as it is kept."""
+        assert isinstance(self.logit_bias, tuple)
+        return self.logit_bias
+
     def _convert(self) -> None:
         """Give every field its plain Python type, and refuse what has another."""
-        for name in ("max_new_tokens", "top_k", "seed"):
+        for name in ("max_new_tokens", "top_k", "min_tokens", "seed"):
             object.__setattr__(self, name, integer(name, getattr(self, name)))
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        for name in _NUMBERS:
             object.__setattr__(self, name, number(name, getattr(self, name)))
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
         if not isinstance(self.stop_token_ids, Iterable):
             raise ValueError(
                 f"stop_token_ids={self.stop_token_ids!r} is one value: give a tuple of ids, as in (0,)"
@@ -120,6 +156,25 @@ def with_options(params: SamplingParams | None, options: Mapping[str, Any]) -> S
     if params is not None and not options:
         return params
     return replace(params or SamplingParams(), **options)
+
+
+def _pairs(bias: object) -> tuple[tuple[int, float], ...]:
+    """A ``logit_bias`` as pairs; ids may be strings of digits, as JSON has no other keys."""
+    pairs = list(bias.items()) if isinstance(bias, Mapping) else bias
+    try:
+        pairs = [(token, value) for token, value in pairs]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"logit_bias is {bias!r}: give a mapping of ids to numbers, as in {{11: -100.0}}"
+        ) from None
+    found: dict[int, float] = {}
+    for token, value in pairs:
+        is_text = isinstance(token, str) and token.isascii() and token.isdecimal()
+        id_ = integer("an id of logit_bias", int(token) if is_text else token)
+        if id_ in found:
+            raise ValueError(f"logit_bias holds the id {id_} twice: give it once")
+        found[id_] = number(f"logit_bias of id {id_}", value)
+    return tuple(sorted(found.items()))
 
 
 def integer(what: str, value: SupportsIndex) -> int:

@@ -118,7 +118,8 @@ class Request:
         text = ""
         if self.detokenizer is not None:
             text = "" if silent else self.detokenizer.push(token)
-            text, stopped = self._filter(text, last=reason is not None)
+            early = len(self.token_ids) <= self.params.min_tokens
+            text, stopped = self._filter(text, last=reason is not None, search=not early)
             if stopped:
                 reason = "stop"
         self.finish_reason = reason
@@ -130,11 +131,13 @@ class Request:
         self.finish_reason = "error"
         return TokenEvent(self.index, None, text, "error", error)
 
-    def _filter(self, text: str, *, last: bool) -> tuple[str, bool]:
-        """What of ``text`` may be given out now, and whether a stop string has ended it."""
+    def _filter(self, text: str, *, last: bool, search: bool = True) -> tuple[str, bool]:
+        """What of ``text`` may be given out now, and whether a stop string, if one is searched for, has ended it."""
         assert self.detokenizer is not None
         if last:
             text += self.detokenizer.flush()
+        if not search:
+            return text, False
         text = self.stops.push(text)
         if last and not self.stops.stopped:
             text += self.stops.flush()

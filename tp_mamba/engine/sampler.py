@@ -13,6 +13,7 @@ from tp_mamba.engine.choice import RowParams, choose
 from tp_mamba.engine.cut_vocabulary import CutVocabulary, choose_over_ranks
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.request import Request
+from tp_mamba.engine.tables import SlotTables, adds, counts_text
 
 _COLUMNS = {
     "temperature": np.float64,
@@ -20,14 +21,14 @@ _COLUMNS = {
     "top_p": np.float64,
     "min_p": np.float64,
     "repetition_penalty": np.float64,
+    "presence_penalty": np.float64,
+    "frequency_penalty": np.float64,
 }
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 class Sampler:
-    """The next tokens of requests that each have parameters of their own.
-
-    Keeps, for requests with a repetition penalty, which ids their prompts and texts hold.
-    """
+    """The next tokens of requests that each have parameters of their own."""
 
     def __init__(
         self,
@@ -43,20 +44,13 @@ class Sampler:
         Args:
             cut: which columns of the logits this rank has; None if all.
         """
-        self._slots, self._usable, self._device, self._cut = slots, usable, device, cut
-        self._start, self._width = (0, vocab_size) if cut is None else (cut.start, cut.width)
-        # [slots, V] bool, or this rank's columns of it; made for the first request with a penalty.
-        self._seen: torch.Tensor | None = None
+        self._usable, self._device, self._cut = usable, device, cut
+        start, width = (0, vocab_size) if cut is None else (cut.start, cut.width)
+        self._tables = SlotTables(slots, start, width, device)
 
     def begin(self, request: Request) -> None:
         """Prepare for ``request``, which has just got its slot."""
-        if request.params.repetition_penalty == 1:
-            return
-        if self._seen is None:
-            self._seen = torch.zeros(self._slots, self._width, dtype=torch.bool, device=self._device)
-        ids = np.asarray(request.prompt, dtype=np.int64) - self._start
-        (prompt,) = copy_to_device([ids[(ids >= 0) & (ids < self._width)]], self._device)
-        self._seen[request.slot].zero_().index_fill_(0, prompt, True)
+        self._tables.begin(request)
 
     def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
         """The next token of each of ``requests``, from its row of ``logits [B, V]`` (``[B, W]`` where they are
@@ -72,35 +66,24 @@ class Sampler:
         if draws:
             drawn = [request.uniforms.next() if request.params.temperature else 0.0 for request in requests]
             arrays["uniforms"] = np.asarray(drawn, dtype=np.float64)
-        if any(each.repetition_penalty != 1 for each in distinct):
+        if any(each.repetition_penalty != 1 or counts_text(each) or adds(each) for each in distinct):
             arrays["slots"] = np.asarray([request.slot for request in requests], dtype=np.int64)
         for name, values in _differing(distinct).items():
-            if draws or name == "repetition_penalty":
+            if draws or name in _PENALTIES:
                 arrays[name] = np.asarray(values, dtype=_COLUMNS[name])
         copies = copy_to_device(list(arrays.values()), self._device) if arrays else []
         on_device = dict(zip(arrays, copies, strict=True))
         uniforms, slots = on_device.pop("uniforms", None), on_device.pop("slots", None)
-        seen = None
-        if slots is not None:
-            assert self._seen is not None  # begin() made it
-            seen = self._seen[slots]
+        tables = self._tables.rows(requests, slots)
         row_params = _row_params(distinct, on_device)
         if self._cut is not None:
-            tokens = choose_over_ranks(logits, row_params, self._cut, seen=seen, uniforms=uniforms)
+            tokens = choose_over_ranks(logits, row_params, self._cut, **tables, uniforms=uniforms)
         else:
-            seen = None if seen is None else seen[:, : self._usable]
-            tokens = choose(logits[:, : self._usable], row_params, seen=seen, uniforms=uniforms)
+            tables = {name: table[:, : self._usable] for name, table in tables.items()}
+            tokens = choose(logits[:, : self._usable], row_params, **tables, uniforms=uniforms)
         if slots is not None:
-            self._see(slots, tokens)
+            self._tables.see(slots, tokens)
         return tokens
-
-    def _see(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Note that the rows of ``slots`` have made ``tokens``, those of them that are in this rank's columns."""
-        assert self._seen is not None
-        columns = tokens - self._start
-        here = (columns >= 0) & (columns < self._width)
-        columns = columns.clamp(0, self._width - 1)
-        self._seen[slots, columns] |= here
 
 
 def _differing(params: Sequence[SamplingParams]) -> dict[str, list[float]]:
