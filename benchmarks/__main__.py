@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 MEASURE = (
-    "scan", "scan_backward", "conv", "state_update", "norm", "backward", "gemm", "layer", "decode", "whole", "long",
-    "trace", "cpu",
+    "scan", "scan_backward", "conv", "state_update", "norm", "backward", "gemm", "layer", "decode", "collectives",
+    "whole", "long", "trace", "cpu",
 )  # fmt: skip
 SHOW = ("plot", "table")
 NAMES = MEASURE + SHOW

@@ -147,6 +147,14 @@ WHOLE: dict[tuple[str, int, int], Target] = {
 }
 """falcon-mamba-7b as a user gets it, by (what, batch or tokens, GPUs); milliseconds, and unlike the others on H100s."""
 
+COLLECTIVES: dict[int, Target] = {
+    1: Target(must=5, stretch=3),
+    32: Target(must=6.5, stretch=4.5),
+    256: Target(must=16, stretch=12),
+    8192: Target(must=210),
+}
+"""All-reduce over two GPUs, residual add and norm included, by rows of 4096 in bfloat16; microseconds."""
+
 CPU_PREFILL: dict[int, Target] = {
     512: Target(must=1.0, stretch=0.7, peers={"transformers": 3.39, "GEMMs": 0.38}),
     2048: Target(must=4.5, stretch=3.0, peers={"transformers": 17.1, "GEMMs": 1.68}),

@@ -72,9 +72,13 @@ def flushed(run: Run, samples: int) -> Samples:
     return _between_events(run, samples, before=partial(flush, passes))
 
 
-def replayed(run: Run, samples: int) -> Samples:
-    """Seconds of ``run``, a captured graph that goes through more memory than the L2 holds, back to back."""
-    _warm_up(run)
+def replayed(run: Run, samples: int, agree: Callable[[bool], bool] = bool) -> Samples:
+    """Seconds of ``run``, a captured graph that goes through more memory than the L2 holds, back to back.
+
+    Args:
+        agree: where ``run`` meets other ranks in it, what turns this rank's answer into one that is everybody's.
+    """
+    _warm_up(run, agree)
     run()
     return _between_events(run, samples, before=lambda: None)
 
@@ -90,13 +94,13 @@ def on_host(run: Run, samples: int) -> Samples:
     return Samples(tuple(seconds))
 
 
-def _warm_up(run: Run) -> None:
+def _warm_up(run: Run, agree: Callable[[bool], bool] = bool) -> None:
     """At least three runs and :data:`WARM_UP_S` seconds: compilation, handles and clocks are then out of the way."""
     end = time.perf_counter() + WARM_UP_S
     for runs in count(1):
         run()
         torch.cuda.synchronize()
-        if runs >= 3 and time.perf_counter() > end:
+        if agree(runs >= 3 and time.perf_counter() > end):
             return
 
 

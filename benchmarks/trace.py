@@ -2,7 +2,7 @@
 
 Requests of mixed lengths reach rank 0, all at once or at the times of a Poisson process, and an engine over one rank or
 several continues them (:class:`tp_mamba.engine.leader.Leader`). Weights are random. A time counts from a request's
-arrival to the host's knowledge of its tokens. Before anything is timed the same requests are served once, which
+arrival to the host's knowledge of its tokens. Before anything is timed the same requests are served, which
 compiles and captures, and some of them again one at a time: how many of their tokens are the same is shown. In float32
 all must be; in 16 bits a product may round by the number of its rows, and two random logits lie close.
 """
@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from benchmarks import ROOT
 from benchmarks.environment import describe
 from benchmarks.inputs import decay_rates, normal, time_step_bias
+from benchmarks.steps import StepClock, table_of
 from tp_mamba.config import MambaConfig
 from tp_mamba.engine.engine import Engine
 from tp_mamba.engine.leader import Leader, follow
@@ -84,6 +86,8 @@ class Result:
     """Of each request's mean time between its tokens."""
     gap_ms: tuple[float, float]
     """Between any two tokens of a request."""
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """Where the time went (:class:`benchmarks.steps.StepClock`), on rank 0."""
 
 
 def make_trace(options: argparse.Namespace, rate: float, vocab_size: int) -> list[Request]:
@@ -122,7 +126,7 @@ def serve(leader: Leader, trace: list[Request]) -> list[Served]:
     return served
 
 
-def summarize(case: str, served: list[Served]) -> Result:
+def summarize(case: str, served: list[Served], steps: Sequence[dict[str, Any]] = ()) -> Result:
     """The figures of one run."""
 
     def percentiles(seconds: list[float]) -> tuple[float, float]:
@@ -141,6 +145,7 @@ def summarize(case: str, served: list[Served]) -> Result:
         percentiles([each.times[0] - each.arrival for each in served]),
         percentiles([(each.times[-1] - each.times[0]) / (len(each.times) - 1) for each in several]),
         percentiles([gap for each in several for gap in np.diff(each.times).tolist()]),
+        list(steps),
     )
 
 
@@ -190,7 +195,10 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         model = MambaForCausalLM(config, tp, getattr(torch, options.dtype), tp.device)
     randomize(model, torch.Generator(tp.device).manual_seed(options.seed))
     engine = Engine(
-        model, max_batch_size=options.max_batch_size, max_prefill_tokens=options.max_prefill_tokens
+        model,
+        max_batch_size=options.max_batch_size,
+        max_prefill_tokens=options.max_prefill_tokens,
+        gather_logits=not options.cut_logits,
     )
     if tp.rank > 0:
         follow(engine, tp)
@@ -201,10 +209,15 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         for _ in range(options.warm_ups):
             served = serve(leader, at_once)
         same, total = same_alone(leader, at_once, served, options.check)
+        clock = StepClock(engine)
         for rate in options.rates:
             trace = make_trace(options, rate, config.vocab_size)
+            if rate:  # its steps are others than those of all at once
+                serve(leader, trace)
+                clock.read()
             name = f"{rate:g} requests/s" if rate else "all at once"
-            results.append(summarize(name, serve(leader, trace)))
+            served = serve(leader, trace)
+            results.append(summarize(name, served, clock.read()))
             print(f"  {name}: {results[-1].tokens_per_second:,.0f} tokens/s", file=sys.stderr, flush=True)
     peak = torch.cuda.max_memory_allocated(tp.device) if tp.device.type == "cuda" else None
     return {
@@ -247,6 +260,11 @@ def parser() -> argparse.ArgumentParser:
         "--max-batch-size", type=int, default=32, metavar="N", help="slots (default %(default)s)"
     )
     made.add_argument("--max-prefill-tokens", type=int, default=8192, metavar="N")
+    made.add_argument(
+        "--cut-logits",
+        action="store_true",
+        help="choose tokens over a vocabulary that stays cut over the ranks",
+    )
     made.add_argument(
         "--warm-ups", type=int, default=2, metavar="N", help="times that all are served beforehand"
     )
@@ -319,6 +337,8 @@ def _show(found: dict[str, Any]) -> None:
         "p99",
     )
     show(table(columns, rows), "times in ms", to_stdout=True)
+    for result in found["results"]:
+        show(f"{result['case']}:", table(*table_of(result["steps"])), to_stdout=True)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,7 @@ compared with the same steps launched eagerly.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
-import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -23,11 +20,12 @@ from itertools import pairwise
 
 import torch
 
-from benchmarks import inputs, limits, runner
+from benchmarks import inputs, limits, over_ranks, runner
 from benchmarks.case import Case, Workload
 from benchmarks.checking import Error, compare
 from benchmarks.decode import HIDDEN, RANK, STATES, moved_bytes
 from benchmarks.layer import flops
+from benchmarks.over_ranks import agree, ranks
 from benchmarks.peers import WHOLE, Target
 from benchmarks.reference import model_reference
 from benchmarks.timing import Samples, replayed
@@ -62,11 +60,6 @@ WARM_UP = 8
 """Steps before those that are counted: two that are run and captured, and the first replays."""
 CHECKED = 6
 """Tokens that are fed and compared, in the first and in the last row."""
-
-
-@functools.cache
-def ranks() -> TensorParallel:
-    return TensorParallel.from_env()
 
 
 @functools.lru_cache(maxsize=1)
@@ -164,7 +157,7 @@ def build_decode(
         trace.prefill([row[:PROMPT] for row in ids])
         for at in range(3):
             trace.decode([row[PROMPT + at] for row in ids])
-        return replayed(torch.inference_mode()(trace.runner.repeat), samples)
+        return replayed(torch.inference_mode()(trace.runner.repeat), samples, agree)
 
     return Workload(check=partial(check, model, ids, PROMPT), measure=bare if replay else as_generate)
 
@@ -191,7 +184,7 @@ def build_prefill(
         trace = Trace(model, 1, tokens, captured=True)
         for _ in range(3):
             trace.prefill([prompt])
-        return replayed(torch.inference_mode()(trace.runner.repeat), samples)
+        return replayed(torch.inference_mode()(trace.runner.repeat), samples, agree)
 
     return Workload(
         # The beginning of it: a reference takes a token at a time.
@@ -246,16 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = runner.parser("whole", __doc__, CASES, 40).parse_args(argv)
     if not runner.has_gpu("whole"):
         return 2
-    tp = ranks()
-    mine = [case for case in CASES if case.sizes["GPUs"] == tp.size]
-    options.seed = tp.broadcast_object(secrets.randbelow(2**31) if options.seed is None else options.seed)
-    with contextlib.ExitStack() as quiet:
-        if tp.rank > 0:
-            options.json = None
-            nowhere = quiet.enter_context(open(os.devnull, "w"))
-            quiet.enter_context(contextlib.redirect_stdout(nowhere))
-            quiet.enter_context(contextlib.redirect_stderr(nowhere))
-        return runner.run("whole", mine, options, tp.device)
+    mine = [case for case in CASES if case.sizes["GPUs"] == ranks().size]
+    return over_ranks.run("whole", mine, options)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import tp_mamba.model
 from benchmarks import (
     backward,
     checking,
+    collectives,
     conv,
     cpu,
     decode,
@@ -32,6 +33,7 @@ from benchmarks.case import Case, Workload
 from benchmarks.ceilings import H200
 from benchmarks.timing import Samples
 from tp_mamba.config import MambaConfig
+from tp_mamba.parallel import communicate
 
 TINY = MambaConfig(
     model_type="falcon_mamba",
@@ -99,6 +101,16 @@ WORKLOADS: dict[str, tuple[Callable[..., Workload], Any, str]] = {
     ),
     "add and norm": (partial(norm.build_add, tokens=7, hidden=24, copies=2), norm, "add_rms_norm"),
     "split and norms": (partial(norm.build_split, tokens=7, rank=6, states=4, copies=2), norm, "split_dt_bc"),
+    "sum and norm": (
+        partial(collectives.build, rows=7, form="ours", hidden=24),
+        communicate,
+        "add_rms_norm",
+    ),
+    "sum and split": (
+        partial(collectives.build, rows=7, form="NCCL, split", rank=6),
+        communicate,
+        "split_dt_bc",
+    ),
     "dt_proj and softplus": (
         partial(gemm.build_linear_softplus, tokens=7, channels=20, rank=8, copies=2),
         gemm,

@@ -13,6 +13,7 @@ import tp_mamba.mixer
 import tp_mamba.model
 from benchmarks import (
     backward,
+    collectives,
     conv,
     cpu,
     decode,
@@ -72,7 +73,8 @@ def test_a_long_layer_is_checked_to_its_last_token(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "module", [scan, conv, state_update, norm, backward, gemm, layer, decode, whole, long, cpu]
+    "module",
+    [scan, conv, state_update, norm, backward, gemm, layer, decode, collectives, whole, long, cpu],
 )
 def test_cases_are_well_formed(module: ModuleType) -> None:
     names = [case.name for case in module.CASES]
