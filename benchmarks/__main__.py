@@ -10,7 +10,7 @@ from pathlib import Path
 
 MEASURE = (
     "scan", "scan_backward", "conv", "state_update", "norm", "backward", "gemm", "layer", "decode", "collectives",
-    "whole", "long", "trace", "cpu",
+    "whole", "long", "trace", "prefix", "cpu",
 )  # fmt: skip
 SHOW = ("plot", "table")
 NAMES = MEASURE + SHOW

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from benchmarks import runner
 from benchmarks.case import Case
+from benchmarks.ceilings import H200
 from tp_mamba.parallel.group import TensorParallel
 
 
@@ -25,7 +26,7 @@ def agree(mine: bool) -> bool:
     return bool(ranks().broadcast_object(mine))
 
 
-def run(name: str, cases: Sequence[Case], options: argparse.Namespace) -> int:
+def run(name: str, cases: Sequence[Case], options: argparse.Namespace, *, goals: str = H200.hardware) -> int:
     """As :func:`benchmarks.runner.run`, on every rank; rank 0 tells and writes."""
     tp = ranks()
     options.seed = tp.broadcast_object(secrets.randbelow(2**31) if options.seed is None else options.seed)
@@ -35,4 +36,4 @@ def run(name: str, cases: Sequence[Case], options: argparse.Namespace) -> int:
             nowhere = quiet.enter_context(open(os.devnull, "w"))
             quiet.enter_context(contextlib.redirect_stdout(nowhere))
             quiet.enter_context(contextlib.redirect_stderr(nowhere))
-        return runner.run(name, cases, options, tp.device)
+        return runner.run(name, cases, options, tp.device, goals=goals)

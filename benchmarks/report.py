@@ -129,14 +129,16 @@ def write_json(
     ceilings: Ceilings | None,
     seed: int,
     rows: Sequence[Row],
+    goals: str = H200.hardware,
 ) -> None:
-    """Write what was measured so far to ``path``; ``ceilings`` are those of its limits, None of a CPU."""
+    """Write what was measured so far to ``path``; ``ceilings`` are those of its limits, None of a CPU; ``goals`` is the
+    GPU that goals are for."""
     content = {
         "benchmark": benchmark,
         "seed": seed,
         "environment": environment,
         "ceilings": None if ceilings is None else asdict(ceilings),
-        "goals_and_peers": "see benchmarks/peers.py" if ceilings is None else H200.hardware,
+        "goals_and_peers": "see benchmarks/peers.py" if ceilings is None else goals,
         "rows": [row.to_json() for row in rows],
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -34,7 +34,7 @@ def parser(name: str, doc: str | None, cases: Sequence[Case], samples: int) -> a
             "  median, min, p90  of the samples: half, none and nine in ten of them are below\n"
             "  limit, of limit   the least that this hardware allows, and its share of the median; the rates of a\n"
             "                    GPU other than an H200 are measured first\n"
-            "  must, stretch     goals, met or missed; a GPU's are set for an H200\n"
+            "  must, stretch     goals, met or missed; a GPU's are set for an H200, unless the head names another\n"
             "  vs PEER           how many times faster than the time recorded of that program (benchmarks/peers.py)\n"
             "  error             |output - float64| / |float64|\n\n"
             f"cases:\n{listed}"
@@ -113,8 +113,14 @@ def run(
     cases: Sequence[Case],
     options: argparse.Namespace,
     device: torch.device,
+    *,
+    goals: str = H200.hardware,
 ) -> int:
-    """Check and time the chosen cases; returns 0, 1 if any failed, 2 for options that fit nothing."""
+    """Check and time the chosen cases, whose goals are those of the GPU ``goals``.
+
+    Returns:
+        0, 1 if any failed, 2 for options that fit nothing.
+    """
     chosen = choose(name, cases, options.cases)
     if not chosen:
         return 2
@@ -129,14 +135,14 @@ def run(
             print(f"--json {options.json} cannot be written {reason}", file=sys.stderr)
             return 2
     ceilings = ceilings_of(device) if device.type == "cuda" else None
-    print(headline(name, environment, seed, ceilings))
+    print(headline(name, environment, seed, ceilings, goals))
 
     rows = []
     for case in chosen:
         rows.append(measure(case, seed, device, options.samples, ceilings))
         print(progress(rows[-1]), file=sys.stderr, flush=True)
         if options.json is not None:
-            report.write_json(options.json, name, environment, ceilings, seed, rows)
+            report.write_json(options.json, name, environment, ceilings, seed, rows, goals)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -163,7 +169,9 @@ def measure(
         )
 
 
-def headline(name: str, environment: dict, seed: int, ceilings: Ceilings | None) -> str:
+def headline(
+    name: str, environment: dict, seed: int, ceilings: Ceilings | None, goals: str = H200.hardware
+) -> str:
     """What a table is of, in a few lines."""
     dirty = {True: " with changes", False: "", None: ""}[environment["dirty"]]
     parts = [
@@ -178,8 +186,8 @@ def headline(name: str, environment: dict, seed: int, ceilings: Ceilings | None)
     lines = f"{name}: " + ", ".join(parts)
     if ceilings is not None:
         lines += f"\nThe limits of this GPU: {ceilings}."
-        if ceilings.hardware != H200.hardware:
-            lines += f" Goals and recorded times are those of an {H200.hardware}."
+        if ceilings.hardware != goals:
+            lines += f" Goals and recorded times are those of an {goals}."
     return lines
 
 

@@ -33,6 +33,7 @@ from tp_mamba.launch.console import show, table
 from tp_mamba.launch.ranks.start import make_tensor_parallel, start_ranks
 from tp_mamba.layers.init import skip_init
 from tp_mamba.model import MambaForCausalLM
+from tp_mamba.parallel.group import TensorParallel
 
 MODELS = {
     "falcon-mamba-7b": {
@@ -103,7 +104,7 @@ def make_trace(options: argparse.Namespace, rate: float, vocab_size: int) -> lis
     ]
 
 
-def serve(leader: Leader, trace: list[Request]) -> list[Served]:
+def serve(leader: Leader | Engine, trace: list[Request]) -> list[Served]:
     """Give ``leader`` each request when it arrives, and wait for all."""
     served = [Served(request.arrival) for request in trace]
     order, began, at = {}, time.perf_counter(), 0
@@ -178,10 +179,8 @@ def randomize(model: MambaForCausalLM, generator: torch.Generator) -> None:
         p.copy_(value)
 
 
-@torch.no_grad()
-def run(options: argparse.Namespace) -> dict[str, Any] | None:
-    """One rank; the results on rank 0."""
-    tp = make_tensor_parallel(options.device, None)
+def model_of(options: argparse.Namespace, tp: TensorParallel) -> MambaForCausalLM:
+    """This rank's part of the model that ``options`` name, drawn at random."""
     config = MambaConfig(
         model_type="falcon_mamba",
         state_size=16,
@@ -194,6 +193,14 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     with skip_init():
         model = MambaForCausalLM(config, tp, getattr(torch, options.dtype), tp.device)
     randomize(model, torch.Generator(tp.device).manual_seed(options.seed))
+    return model
+
+
+@torch.no_grad()
+def run(options: argparse.Namespace) -> dict[str, Any] | None:
+    """One rank; the results on rank 0."""
+    tp = make_tensor_parallel(options.device, None)
+    model = model_of(options, tp)
     engine = Engine(
         model,
         max_batch_size=options.max_batch_size,
@@ -203,33 +210,37 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     if tp.rank > 0:
         follow(engine, tp)
         return None
-    results = []
+    found: dict[str, Any] = {
+        "benchmark": "trace",
+        "environment": describe(tp.device, options.commit),
+        "options": {name: value for name, value in vars(options).items() if name not in ("json", "commit")},
+        "ranks": tp.size,
+        "results": [],
+    }
     with Leader(engine, tp) as leader:
-        at_once = make_trace(options, 0.0, config.vocab_size)
+        at_once = make_trace(options, 0.0, model.config.vocab_size)
         for _ in range(options.warm_ups):
             served = serve(leader, at_once)
-        same, total = same_alone(leader, at_once, served, options.check)
+        found["slots"] = leader.max_batch_size
+        found["same_as_alone"] = same_alone(leader, at_once, served, options.check)
+        found["prompt_lengths"] = [len(request.prompt) for request in at_once]
         clock = StepClock(engine)
         for rate in options.rates:
-            trace = make_trace(options, rate, config.vocab_size)
+            trace = make_trace(options, rate, model.config.vocab_size)
             if rate:  # its steps are others than those of all at once
                 serve(leader, trace)
                 clock.read()
             name = f"{rate:g} requests/s" if rate else "all at once"
             served = serve(leader, trace)
-            results.append(summarize(name, served, clock.read()))
-            print(f"  {name}: {results[-1].tokens_per_second:,.0f} tokens/s", file=sys.stderr, flush=True)
-    peak = torch.cuda.max_memory_allocated(tp.device) if tp.device.type == "cuda" else None
-    return {
-        "benchmark": "trace",
-        "environment": describe(tp.device, options.commit),
-        "options": {name: value for name, value in vars(options).items() if name not in ("json", "commit")},
-        "ranks": tp.size,
-        "slots": leader.max_batch_size,
-        "same_as_alone": [same, total],
-        "peak_bytes": peak,
-        "results": [asdict(result) for result in results],
-    }
+            result = summarize(name, served, clock.read())
+            found["results"].append(asdict(result))
+            found["peak_bytes"] = (
+                torch.cuda.max_memory_allocated(tp.device) if tp.device.type == "cuda" else None
+            )
+            print(f"  {name}: {result.tokens_per_second:,.0f} tokens/s", file=sys.stderr, flush=True)
+            if options.json is not None:  # what is cut short has kept what it found
+                options.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -277,6 +288,18 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def needs_gpu(name: str, options: argparse.Namespace) -> bool:
+    """Whether the model is too large for what there is; says so."""
+    if options.device == "cpu" or torch.cuda.is_available() or options.model != "falcon-mamba-7b":
+        return False
+    print(
+        f"python -m benchmarks.{name} needs an NVIDIA GPU for falcon-mamba-7b, and torch finds none here: run it on "
+        "a machine that has one, or with --model tiny --dtype float32.",
+        file=sys.stderr,
+    )
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run it; 1 if in float32 a request alone has other tokens."""
     made = parser()
@@ -288,20 +311,13 @@ def main(argv: list[str] | None = None) -> int:
         )
     if min(options.rates) < 0:
         made.error("a rate is 0, for all at once, or requests per second")
-    if options.device != "cpu" and not torch.cuda.is_available() and options.model == "falcon-mamba-7b":
-        print(
-            "python -m benchmarks.trace needs an NVIDIA GPU for falcon-mamba-7b, and torch finds none here: run it on "
-            "a machine that has one, or with --model tiny --dtype float32.",
-            file=sys.stderr,
-        )
+    if needs_gpu("trace", options):
         return 2
     if options.tp > 1:
         sys.path.append(str(ROOT))  # where the ranks, new processes, find this module
         found = start_ranks(run, options, size=options.tp)
     else:
         found = run(options)
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
     _show(found)
     same, total = found["same_as_alone"]
     return int(options.dtype == "float32" and same < total)

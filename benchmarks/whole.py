@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -22,11 +22,12 @@ import torch
 
 from benchmarks import inputs, limits, over_ranks, runner
 from benchmarks.case import Case, Workload
+from benchmarks.ceilings import H200
 from benchmarks.checking import Error, compare
 from benchmarks.decode import HIDDEN, RANK, STATES, moved_bytes
 from benchmarks.layer import flops
 from benchmarks.over_ranks import agree, ranks
-from benchmarks.peers import WHOLE, Target
+from benchmarks.peers import WHOLE, WHOLE_ON_H200, Target
 from benchmarks.reference import model_reference
 from benchmarks.timing import Samples, replayed
 from tp_mamba.config import MambaConfig
@@ -198,7 +199,8 @@ def step_bytes(batch: int, gpus: int) -> int:
     return LAYERS * moved_bytes(batch, CHANNELS // gpus) + 2 * VOCABULARY * HIDDEN // gpus
 
 
-def cases() -> list[Case]:
+def cases(goals: Mapping[tuple[str, int, int], Target]) -> list[Case]:
+    """All cases, held to ``goals`` as a user gets them."""
     made = []
     for gpus in (1, 2):
         where = "one GPU" if gpus == 1 else "two GPUs"
@@ -211,7 +213,7 @@ def cases() -> list[Case]:
                         sizes={"batch": batch, "GPUs": gpus, "form": form},
                         build=partial(build_decode, batch=batch, replay=form == "replay"),
                         limit=limits.by_bytes_of_a_step(step_bytes(batch, gpus)),
-                        target=WHOLE["decode", batch, gpus] if form == "as generate" else Target(),
+                        target=_goal(goals, form, ("decode", batch, gpus)),
                         work=(batch, "tokens"),
                     )
                 )
@@ -224,14 +226,18 @@ def cases() -> list[Case]:
                         sizes={"length": tokens, "GPUs": gpus, "form": form},
                         build=partial(build_prefill, tokens=tokens, replay=form == "replay"),
                         limit=limits.by_flops(LAYERS * flops(tokens, CHANNELS // gpus)),
-                        target=WHOLE["prefill", tokens, gpus] if form == "as generate" else Target(),
+                        target=_goal(goals, form, ("prefill", tokens, gpus)),
                         work=(tokens, "tokens"),
                     )
                 )
     return made
 
 
-CASES = cases()
+def _goal(goals: Mapping[tuple[str, int, int], Target], form: str, sizes: tuple[str, int, int]) -> Target:
+    return goals.get(sizes, Target()) if form == "as generate" else Target()
+
+
+CASES = cases(WHOLE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -239,8 +245,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = runner.parser("whole", __doc__, CASES, 40).parse_args(argv)
     if not runner.has_gpu("whole"):
         return 2
-    mine = [case for case in CASES if case.sizes["GPUs"] == ranks().size]
-    return over_ranks.run("whole", mine, options)
+    on_h200 = torch.cuda.get_device_name(ranks().device) == H200.hardware
+    mine = [case for case in cases(WHOLE_ON_H200 if on_h200 else WHOLE) if case.sizes["GPUs"] == ranks().size]
+    return over_ranks.run("whole", mine, options, goals=H200.hardware if on_h200 else "NVIDIA H100 80GB HBM3")
 
 
 if __name__ == "__main__":

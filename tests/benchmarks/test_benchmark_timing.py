@@ -35,6 +35,27 @@ def test_host_time_leaves_the_first_run_out(monkeypatch: pytest.MonkeyPatch) -> 
     assert timing.on_host(call, 3).values == (1.0, 2.0, 3.0)
 
 
+def test_ranks_warm_up_until_all_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: None)
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    runs, answers = [], []
+
+    def run() -> None:
+        runs.append(1)
+        now[0] += 10.0  # this clock is done at once
+
+    def another_rank_is_slower(mine: bool) -> bool:
+        answers.append(mine)
+        return mine and len(answers) == 7
+
+    timing._warm_up(run, another_rank_is_slower)
+    assert len(runs) == 7
+    assert answers == [False, False, True, True, True, True, True]
+    timing._warm_up(run)
+    assert len(runs) == 10
+
+
 def test_a_chain_is_longer_than_the_cache() -> None:
     for count in (1_000_000, 3_000_000, 10**9):
         assert chain.links(count) * count >= chain.TRAFFIC

@@ -35,6 +35,11 @@ def test_a_run_serves_all_and_keeps_what_it_found(tmp_path: Path, capsys: pytest
     for result in found["results"]:
         assert (result["requests"], result["new_tokens"]) == (3, 9)
         assert result["tokens_per_second"] == pytest.approx(9 / result["seconds"])
+        kinds = {kind["kind"]: kind for kind in result["steps"]}
+        assert kinds.keys() == {"prompts", "decode"}
+        assert sum(kind["tokens"] for kind in kinds.values()) == sum(found["prompt_lengths"]) + 3 * 2
+        assert sum(kind["forward"] + kind["between"] for kind in kinds.values()) <= result["seconds"]
+    assert "padding" in out
 
 
 def test_other_tokens_alone_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
