@@ -119,8 +119,8 @@ def differing_logits(engine: Engine, options: argparse.Namespace, vocab_size: in
     """Prompts whose logits with a kept state are not those with nothing kept, to the bit; and those without a hit."""
     engine.start()
     assert engine.prefixes is not None
-    assert engine._parts is not None
-    runner, seen = engine._parts[1], list[torch.Tensor]()
+    assert engine._steps is not None
+    runner, seen = engine._steps._runner, list[torch.Tensor]()
     forward = runner.forward
 
     def listening(schedule: Schedule) -> torch.Tensor:

@@ -51,8 +51,8 @@ class StepClock:
     """
 
     def __init__(self, engine: Engine) -> None:
-        assert engine._parts is not None, "start the engine first"
-        runner = engine._parts[1]
+        assert engine._steps is not None, "start the engine first"
+        runner = engine._steps._runner
         self._graphs, self._forward = runner._graphs, runner.forward
         self._on_gpu = engine._model.device.type == "cuda"
         self._steps: list[_Step] = []

@@ -101,8 +101,8 @@ def held_after(tp: TensorParallel, steps: int, options: dict[str, Any]) -> list[
                 engine.abort(index)
             engine.step()
             kept = 0 if engine.prefixes is None else len(engine.prefixes)
-            assert engine._parts is not None
-            cache = engine._parts[0]
+            assert engine._steps is not None
+            cache = engine._steps.cache
             assert cache.num_free + kept == cache.slots, "a slot is lost"
             gc.collect()
             held.append(torch.cuda.memory_allocated() if model.device.type == "cuda" else 0)
@@ -110,16 +110,17 @@ def held_after(tp: TensorParallel, steps: int, options: dict[str, Any]) -> list[
 
 
 def bits_of_hits(tp: TensorParallel, dtype: torch.dtype, count: int) -> tuple[list[str], int]:
-    """Of ``count`` prompts those whose logits, or states, differ to the bit with a kept state and with nothing kept; and how many hit.
+    """Of ``count`` prompts those whose logits or states with a kept state are not, to the bit, those with nothing kept;
+    and how many hit.
 
     Both are computed in the same pieces: the block size divides what the prompts share.
     """
     model, rng, wrong, hits = small_model(dtype, tp), random.Random(5), [], 0
     with Engine(model, max_batch_size=2, max_prefill_tokens=70, cache_config=keeping()) as engine:
         engine.start()
-        assert engine._parts is not None
+        assert engine._steps is not None
         assert engine.prefixes is not None
-        (cache, runner, _), seen = engine._parts, list[torch.Tensor]()
+        cache, runner, seen = engine._steps.cache, engine._steps._runner, list[torch.Tensor]()
         forward = runner.forward
 
         def listening(schedule: Any) -> torch.Tensor:
