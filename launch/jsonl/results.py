@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,11 +159,13 @@ def encode(
     token_ids: Sequence[int],
     finish_reason: str,
     error: str | None,
+    more: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """One result as a line of the file."""
+    """One result as a line of the file; ``more`` is what the request has asked for besides."""
     result = carried | {
         "text": text,
         "token_ids": token_ids,
+        **(more or {}),
         "finish_reason": finish_reason,
         "error": error,
         "made_from": f"{line.digest}-{settings}",

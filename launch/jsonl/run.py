@@ -9,8 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tp_mamba.engine.collected import Collected
 from tp_mamba.engine.intake import checked_prompt
 from tp_mamba.engine.leader import Leader
+from tp_mamba.engine.logprobs import TokenLogprob
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.request import TokenEvent
 from tp_mamba.launch.jsonl.requests import BadRequestError, Line, lookalikes, parse, read_lines
@@ -24,6 +26,9 @@ free."""
 WINDOW = 32
 """Results that may wait for one before them, as a multiple of the requests that run at a time."""
 
+LEAST_LOGPROB = -9999.0
+"""Stands for what is less, such as minus infinity, which JSON has no number for; vLLM's value."""
+
 
 @dataclass(slots=True)
 class _Running:
@@ -31,8 +36,7 @@ class _Running:
 
     line: Line
     carried: dict[str, Any]
-    token_ids: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
+    made: Collected = field(default_factory=Collected)
 
 
 @dataclass(slots=True)
@@ -146,10 +150,8 @@ class FileRun:
 
     def _take(self, event: TokenEvent) -> None:
         running = self._running[event.index]
-        if event.token_id is not None:
-            running.token_ids.append(event.token_id)
-            self._counts.new_tokens += 1
-        running.pieces.append(event.text)
+        self._counts.new_tokens += event.token_id is not None
+        running.made.take(event)
         if event.finish_reason is not None:
             del self._running[event.index]
             self._finish(running, event.finish_reason, event.error)
@@ -160,10 +162,11 @@ class FileRun:
             line,
             self.settings,
             running.carried,
-            text="".join(running.pieces),
-            token_ids=running.token_ids,
+            text=running.made.text,
+            token_ids=running.made.token_ids,
             finish_reason=reason,
             error=error,
+            more=_logprobs(running.made),
         )
         self._counts.lines += 1
         if error is not None:
@@ -171,3 +174,16 @@ class FileRun:
             failure = (line.number, error)
             self._counts.first_failure = min(self._counts.first_failure or failure, failure)
         self._results.put(line.position, result)
+
+
+def _logprobs(made: Collected) -> dict[str, Any]:
+    """What a result says of logprobs, those of them that were asked for."""
+    found = {"logprobs": made.logprobs, "prompt_logprobs": made.prompt_logprobs}
+    return {name: [_plain(each) for each in value] for name, value in found.items() if value is not None}
+
+
+def _plain(logprob: TokenLogprob | None) -> dict[str, Any] | None:
+    if logprob is None:
+        return None
+    top = [{"token_id": token, "logprob": max(value, LEAST_LOGPROB)} for token, value in logprob.top]
+    return {"token_id": logprob.token_id, "logprob": max(logprob.logprob, LEAST_LOGPROB), "top": top}

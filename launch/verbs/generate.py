@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     from tp_mamba.parallel.group import TensorParallel
 
 USES_RANKS = True
+FIELDS = tuple(
+    field
+    for field in SamplingParams.__dataclass_fields__
+    if field not in ("logprobs", "prompt_logprobs", "prompt_logprobs_start")
+)
+"""Those of SamplingParams that are arguments; the others are for the lines of a file alone, whose results show them."""
+
 HELP = "continue one prompt or several; the text appears as it is made"
 EXAMPLES = """\
   tp-mamba generate ./mamba-130m-hf --prompt "The sea"
@@ -196,7 +203,7 @@ def prepare(args: argparse.Namespace) -> None:
             args.texts = read_prompts(args.prompt, args.prompt_file)
         else:
             args.found = examine_files(args)
-    given = {field: getattr(args, field) for field in SamplingParams.__dataclass_fields__}
+    given = {field: getattr(args, field) for field in FIELDS}
     args.params = SamplingParams(**given)
     from tp_mamba.checkpoint.location import resolve
 
@@ -230,7 +237,7 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
         "mamba_block_size",
         "prompts",
     )
-    agree_on_arguments(tp, args, (*SamplingParams.__dataclass_fields__, *names))
+    agree_on_arguments(tp, args, (*FIELDS, *names))
     if args.prompts is not None:
         return run_file(args, tp)
     prompts = args.texts or share_prompts(args.prompt, args.prompt_file, tp)

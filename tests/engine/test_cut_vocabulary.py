@@ -143,7 +143,7 @@ def test_only_small_things_travel() -> None:
         return torch.cat([x, x])
 
     tp = SimpleNamespace(rank=0, size=2, all_gather=all_gather)
-    cut = CutVocabulary(tp, 32_512, 65_024)  # type: ignore[arg-type]
+    cut = CutVocabulary(tp, 32_512, 65_024, 65_024)  # type: ignore[arg-type]
     logits, uniforms = torch.randn(2, cut.width), torch.rand(2, dtype=torch.float64)
     choose_over_ranks(logits, SamplingParams(), cut)
     assert sent == [2 * 2 * 8]

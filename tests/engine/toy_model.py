@@ -69,6 +69,7 @@ class ToyModel:
         """Whether, in this pass (from 1), the logits of this slot are NaN."""
         self.caches: list[ToyCache] = []
         self.passes: list[MambaMetadata] = []
+        self.most_rows = 0
 
     def new_cache(self, slots: int) -> ToyCache:
         self.caches.append(ToyCache(slots, len(self.mix)))
@@ -79,6 +80,11 @@ class ToyModel:
 
     def forward_packed(
         self, input_ids: torch.Tensor, metadata: MambaMetadata, cache: ToyCache, logits_indices: torch.Tensor
+    ) -> torch.Tensor:
+        return self.logits(self.forward_hidden(input_ids, metadata, cache), logits_indices)
+
+    def forward_hidden(
+        self, input_ids: torch.Tensor, metadata: MambaMetadata, cache: ToyCache
     ) -> torch.Tensor:
         self.passes.append(metadata)
         assert all(0 <= token < self.config.vocab_size for token in input_ids.tolist())
@@ -96,8 +102,12 @@ class ToyModel:
             cache.states[slot] = state
             if self.spoils is not None and self.spoils(len(self.passes), slot):
                 hidden[-1] = torch.full_like(state, torch.nan)
-        rows = [self.head @ hidden[i] for i in logits_indices.tolist()]
-        return torch.stack(rows).float() if rows else torch.empty(0, self.config.vocab_size)
+        return torch.stack(hidden)
+
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        self.most_rows = max(self.most_rows, len(rows))
+        found = [self.head @ hidden[i] for i in rows.tolist()]
+        return torch.stack(found).float() if found else torch.empty(0, self.config.vocab_size)
 
     def whole(self, ids: list[int]) -> torch.Tensor:
         """Logits after ``ids``, without a cache."""

@@ -231,3 +231,18 @@ def test_requests_that_begin_alike_say_the_same_from_kept_states(
     said = capsys.readouterr().out
     reused = int(said.split(" prompt tokens from kept states")[0].split()[-1].replace(",", ""))
     assert 2.5 * tokens < reused < 3 * tokens + 3
+
+
+def test_results_carry_the_logprobs_that_a_line_asks_for(sample: Path, tmp_path: Path) -> None:
+    asked = ({"logprobs": 2}, {"prompt_logprobs": 1, "prompt_logprobs_start": 2}, {})
+    lines = [{"prompt_token_ids": [5, 6, 7, 8], "max_new_tokens": 3, **each} for each in asked]
+    (tmp_path / "in").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli.main(file_arguments(sample, tmp_path / "in", tmp_path / "out")) == 0
+    new, of_prompt, none = (json.loads(line) for line in (tmp_path / "out").read_text().splitlines())
+    assert [each["token_id"] for each in new["logprobs"]] == new["token_ids"] == none["token_ids"]
+    for each in new["logprobs"]:
+        assert each["top"][0] == {"token_id": each["token_id"], "logprob": each["logprob"]}  # it is greedy
+        assert each["top"][1]["logprob"] < each["logprob"] <= 0
+    assert [each["token_id"] for each in of_prompt["prompt_logprobs"]] == [7, 8]
+    assert "logprobs" not in none
+    assert "prompt_logprobs" not in new

@@ -233,6 +233,22 @@ def _put(to: np.ndarray, values: list[Any], size: int | None = None, rest: int =
         to[len(values) : size] = rest
 
 
+def to_host(values: torch.Tensor) -> Callable[[], list[Any]]:
+    """Queue the way of ``values`` to the host; what is returned waits for them, and gives them as lists."""
+    if not values.is_cuda:
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def receive() -> list[Any]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return receive
+
+
 class TokenReturn:
     """Brings the tokens of steps back to the host, while the device goes on."""
 

@@ -34,11 +34,13 @@ class CutVocabulary:
     """``W``, the same on every rank; the last ones may hold padding."""
     usable: int
     """Ids at or above it are never made."""
+    vocab_size: int
+    """``V``; what lies beyond it only fills up the last ranks."""
 
     @classmethod
     def of(cls, tp: TensorParallel, vocab_size: int, usable: int) -> CutVocabulary:
         """As the model's head is cut: ``vocab_size`` rounded up to a multiple of ``n``."""
-        return cls(tp, -(-vocab_size // tp.size), usable)
+        return cls(tp, -(-vocab_size // tp.size), usable, vocab_size)
 
     @property
     def start(self) -> int:
@@ -49,6 +51,11 @@ class CutVocabulary:
     def own(self) -> int:
         """Columns of this rank that may win."""
         return min(max(self.usable - self.start, 0), self.width)
+
+    @property
+    def real(self) -> int:
+        """Columns of this rank that are ids of the vocabulary."""
+        return min(max(self.vocab_size - self.start, 0), self.width)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's ``x [B, ...]`` as ``[n, B, ...]``."""

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tp_mamba.engine.graphs import CaptureReport
 from tp_mamba.engine.intake import RequestBuilder, checked_limit
 from tp_mamba.engine.memory import MEMORY_FRACTION, checked_fraction
-from tp_mamba.engine.model import Model
+from tp_mamba.engine.model import Model, gives_hidden_states
 from tp_mamba.engine.params import SamplingParams, integer, with_options
 from tp_mamba.engine.request import Request, TokenEvent
 from tp_mamba.engine.room import agree_on_room
@@ -125,7 +125,13 @@ class Engine:
         self._check_open()
         if not 0 <= integer("position", position) < 2**64:
             raise ValueError(f"position={position} is out of range: it lies between 0 and 2**64 - 1")
-        request = self._builder.build(self._added, prompt, with_options(params, {}), int(position))
+        params = with_options(params, {})
+        if params.prompt_logprobs is not None and not gives_hidden_states(self._model):
+            raise ValueError(
+                f"prompt_logprobs was given, and a {type(self._model).__name__} cannot score prompts: leave it out, or "
+                "give the model forward_hidden() and logits()"
+            )
+        request = self._builder.build(self._added, prompt, params, int(position))
         self._added += 1
         self._requests[request.index] = request
         self._scheduler.add(request)

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from tp_mamba.engine.collected import Collected
 from tp_mamba.engine.engine import Engine
 from tp_mamba.engine.graphs import CaptureReport
 from tp_mamba.engine.intake import Prompts, params_of, rows_of
+from tp_mamba.engine.logprobs import TokenLogprob
 from tp_mamba.engine.memory import MEMORY_FRACTION
 from tp_mamba.engine.model import Model
 from tp_mamba.engine.params import SamplingParams
@@ -33,6 +35,10 @@ class GenerationResult:
     finish_reason: FinishReason
     error: str | None = None
     """With ``finish_reason="error"``: what went wrong; tokens and text are those made before."""
+    logprobs: list[TokenLogprob] | None = None
+    """One for each of ``token_ids``, where ``logprobs`` asked for them."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """As in :class:`TokenEvent`, where ``prompt_logprobs`` asked for them."""
 
 
 class TokenStream(Iterator[TokenEvent]):
@@ -112,24 +118,19 @@ def generate(
         overlap=overlap,
         **sampling,
     )
-    token_ids: dict[int, list[int]] = {}
-    texts: dict[int, list[str]] = {}
-    last: dict[int, TokenEvent] = {}
+    found: dict[int, Collected] = {}
     for event in events:
-        ids, pieces = token_ids.setdefault(event.index, []), texts.setdefault(event.index, [])
-        if event.token_id is not None:
-            ids.append(event.token_id)
-        pieces.append(event.text)
-        if event.finish_reason is not None:
-            last[event.index] = event
+        found.setdefault(event.index, Collected()).take(event)
     return [
         GenerationResult(
-            token_ids[index],
-            None if tokenizer is None else "".join(texts[index]),
-            last[index].finish_reason,  # type: ignore[arg-type]  # it is the last event
-            last[index].error,
+            each.token_ids,
+            None if tokenizer is None else each.text,
+            each.finish_reason,  # type: ignore[arg-type]  # the last event has told it
+            each.error,
+            each.logprobs,
+            each.prompt_logprobs,
         )
-        for index in sorted(token_ids)
+        for _, each in sorted(found.items())
     ]
 
 

@@ -43,6 +43,15 @@ def cuts_logits(model: Model) -> bool:
     return model.tp.size > 1 and getattr(model, "gives_cut_logits", False)
 
 
+def gives_hidden_states(model: Model) -> bool:
+    """Whether prompts can be scored: then ``model`` has two methods more.
+
+    ``forward_hidden(input_ids, metadata, cache)`` is its ``forward_packed`` up to the head: ``[T, H]``, the same on
+    every rank. ``logits(hidden, rows, whole_vocab=True)`` are those that ``forward_packed`` gives of its ``rows``.
+    """
+    return hasattr(model, "forward_hidden") and hasattr(model, "logits")
+
+
 class Model(Protocol):
     """A language model over the ranks of ``tp``, which continues sequences that a cache remembers."""
 

@@ -11,8 +11,21 @@ from typing import Any, SupportsFloat, SupportsIndex
 MAX_BIAS = 100.0
 """Largest size of a value of ``logit_bias``, as in OpenAI's interface."""
 
+MAX_LOGPROBS = 20
+"""Likeliest tokens that are listed at one place; vLLM's default limit, and OpenAI's for chats."""
+
 _MIN_TEMPERATURE = 1e-6  # below it the quotient of two logits leaves what a float can tell apart
 
+_INTEGERS = (
+    "max_new_tokens",
+    "top_k",
+    "min_tokens",
+    "logprobs",
+    "prompt_logprobs",
+    "prompt_logprobs_start",
+    "seed",
+)
+_OPTIONAL = ("logprobs", "prompt_logprobs")
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -49,6 +62,13 @@ class SamplingParams:
     min_tokens: int = 0
     """Tokens that are made before any may end the text: neither end-of-text nor stop ids are chosen until then, and
     what they spell is not searched for stop strings."""
+    logprobs: int | None = None
+    """Give the logarithm of each new token's probability, and so many of the likeliest tokens' there, at most 20; None
+    for none. They are the model's own, before penalties, biases and temperature."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens, given with the first new one."""
+    prompt_logprobs_start: int = 0
+    """Index of the first prompt token that ``prompt_logprobs`` is about; what lies before may come from kept states."""
     seed: int = 0
     """Together with the prompt's position in the call it fixes the prompt's random numbers; 0 to 2^64 - 1."""
     stop_token_ids: tuple[int, ...] = ()
@@ -97,6 +117,17 @@ class SamplingParams:
                 f"min_tokens={self.min_tokens} is out of range: it lies between 0 and "
                 f"max_new_tokens={self.max_new_tokens}"
             )
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(self, name)
+            if asked is not None and not 0 <= asked <= MAX_LOGPROBS:
+                raise ValueError(
+                    f"{name}={asked} is out of range: list 0 to {MAX_LOGPROBS} of the likeliest tokens, or None for no "
+                    "logprobs at all"
+                )
+        if self.prompt_logprobs_start < 0:
+            raise ValueError(
+                f"prompt_logprobs_start={self.prompt_logprobs_start} is negative: it counts from the first token"
+            )
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed={self.seed} is out of range: it lies between 0 and 2**64 - 1")
         if "" in self.stop:
@@ -110,8 +141,9 @@ class SamplingParams:
 
     def _convert(self) -> None:
         """Give every field its plain Python type, and refuse what has another."""
-        for name in ("max_new_tokens", "top_k", "min_tokens", "seed"):
-            object.__setattr__(self, name, integer(name, getattr(self, name)))
+        for name in _INTEGERS:
+            if getattr(self, name) is not None or name not in _OPTIONAL:
+                object.__setattr__(self, name, integer(name, getattr(self, name)))
         for name in _NUMBERS:
             object.__setattr__(self, name, number(name, getattr(self, name)))
         object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))

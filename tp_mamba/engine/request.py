@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Literal
 
+from tp_mamba.engine.logprobs import TokenLogprob
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.uniforms import UniformStream
 from tp_mamba.text.detokenizer import Detokenizer
@@ -45,6 +46,11 @@ class TokenEvent:
     """Why the sequence ended with this token; None while it goes on."""
     error: str | None = None
     """With ``finish_reason="error"``: what went wrong with this sequence, one sentence."""
+    logprob: TokenLogprob | None = None
+    """How likely the token was, where ``logprobs`` asked for it."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """With the first token, where ``prompt_logprobs`` asked for it: of each prompt token from
+    ``prompt_logprobs_start`` on; None for the very first, before which there is nothing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +75,8 @@ class Request:
     """Counts of prompt tokens, ascending, behind each of which the state is kept for other prompts."""
     token_ids: list[int] = field(default_factory=list)
     """Tokens generated so far, as far as the host has seen them. The last one is not in the state yet."""
+    scored: list[TokenLogprob] = field(default_factory=list)
+    """Of those of :attr:`asked_about` that the host has seen the scores of."""
     launched: int = 0
     """Tokens that the steps launched so far make. Where the host runs ahead of the device, one more than it has seen,
     until the request ends."""
@@ -84,6 +92,22 @@ class Request:
     def remaining(self) -> int:
         """Prompt tokens still to be taken in."""
         return len(self.prompt) - self.taken
+
+    @property
+    def asked_about(self) -> range:
+        """Indices of the prompt's tokens whose logarithms of probabilities are asked for."""
+        if self.params.prompt_logprobs is None:
+            return range(0)
+        return range(max(1, self.params.prompt_logprobs_start), len(self.prompt))
+
+    @property
+    def reusable(self) -> int:
+        """The most prompt tokens that a state may stand for with which this request begins: it computes the last token
+        itself, and the one before each that is :attr:`asked_about`."""
+        last = len(self.prompt)
+        if self.params.prompt_logprobs is not None:
+            last = min(last, max(1, self.params.prompt_logprobs_start))
+        return last - 1
 
     @property
     def next_stop(self) -> int:
@@ -104,8 +128,12 @@ class Request:
             return RequestState.WAITING
         return RequestState.PREFILLING if self.remaining else RequestState.DECODING
 
-    def accept(self, token: int) -> TokenEvent:
+    def accept(self, token: int, logprob: TokenLogprob | None = None) -> TokenEvent:
         """Append ``token``; the event's ``finish_reason`` says whether the sequence ends with it."""
+        of_prompt: tuple[TokenLogprob | None, ...] | None = None
+        if self.params.prompt_logprobs is not None and not self.token_ids:
+            first = (None,) if self.params.prompt_logprobs_start == 0 else ()
+            of_prompt, self.scored = (*first, *self.scored), []
         self.token_ids.append(token)
         reason: FinishReason | None = None
         if token in self.eos_ids:
@@ -123,7 +151,7 @@ class Request:
             if stopped:
                 reason = "stop"
         self.finish_reason = reason
-        return TokenEvent(self.index, token, text, reason)
+        return TokenEvent(self.index, token, text, reason, None, logprob, of_prompt)
 
     def fail(self, error: str) -> TokenEvent:
         """End here for the reason ``error``; what was made so far stands, and text still waiting comes out."""

@@ -56,11 +56,11 @@ class PrefixReuse:
         taking_in = [other for other in running if other.remaining]
         if not taking_in:
             return False
-        prompt, hit = np.asarray(request.prompt, np.int64), self.prefixes.longest(request.prompt)
+        hit = self.prefixes.longest(request.prompt[: request.reusable + 1])
         enough = WORTHWHILE + (0 if hit is None else hit.count)
         soon = {chunk.request.index: chunk.start + chunk.length for chunk in chunks}
         for other in taking_in:
-            shared = self._shared(prompt, other)
+            shared = self._shared(request, other)
             if shared >= max(enough, soon.get(other.index, other.taken)) and shared not in other.cuts:
                 insort(other.cuts, shared)
             if any(max(other.taken + 1, enough) <= count <= shared for count in other.cuts):
@@ -72,22 +72,23 @@ class PrefixReuse:
 
         What it shares with ``follower``, the next in line, is a junction that nobody has seen yet: it cuts there.
         """
-        hit = self.prefixes.use(request.prompt)
+        hit = self.prefixes.use(request.prompt[: request.reusable + 1])
         if hit is not None:
             assert request.slot is not None
             self._cache.copy(hit.slot, request.slot)
             request.taken = hit.count
         cuts = set(self.prefixes.cuts(request.prompt, request.taken))
         if follower is not None:
-            shared = self._shared(np.asarray(follower.prompt, np.int64), request)
+            shared = self._shared(follower, request)
             if shared - request.taken >= WORTHWHILE:
                 cuts.add(shared)
         request.cuts = sorted(cuts)
 
     @staticmethod
-    def _shared(prompt: np.ndarray, other: Request) -> int:
-        """How many tokens ``prompt`` could take over from ``other``: those they share, but for its last one."""
-        return min(common_length(prompt, np.asarray(other.prompt, np.int64)), len(prompt) - 1)
+    def _shared(request: Request, other: Request) -> int:
+        """How many tokens ``request`` could take over from ``other``."""
+        prompts = (np.asarray(each.prompt, np.int64) for each in (request, other))
+        return min(common_length(*prompts), request.reusable)
 
     def keep_cuts(self, schedule: Schedule) -> None:
         """Keep the states that the pass of ``schedule``, which was just launched, leaves at cuts of prompts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from tp_mamba.engine.checks import check_step, check_tensors
 from tp_mamba.engine.graphs import Capture, CaptureReport, StepGraphs
 from tp_mamba.engine.ladder import Ladder, Rung
 from tp_mamba.engine.model import Cache, Model, cuts_logits
+from tp_mamba.engine.prompt_scores import Asked, PromptScorer, PromptScores
 from tp_mamba.engine.scheduler import Schedule
 
 
@@ -39,6 +41,7 @@ class Runner:
         capture: Capture | None = None,
         check_steps: bool = False,
         cut_logits: bool = False,
+        scorer: PromptScorer | None = None,
     ) -> None:
         """For sequences in ``slots`` slots of ``cache``, and as many prompt tokens a step.
 
@@ -48,12 +51,13 @@ class Runner:
             check_steps: compare every index of a step with what it may be, before the step is launched; the host then
                 waits for the device in every step.
             cut_logits: leave each rank its own columns of the logits, where the model can.
+            scorer: scores prompts; None where nobody asks for that.
         """
         self._model, self._cache, self._slots = model, cache, slots
         self.logits_are_cut = cut_logits and cuts_logits(model)
         self._options = {"whole_vocab": False} if self.logits_are_cut else {}
         self._vocab_size = model.config.vocab_size
-        self._check = check_steps
+        self._check, self._scorer = check_steps, scorer
         self._buffers = StepBuffers(slots, max_prefill_tokens, self._vocab_size, model.device)
         self._return = TokenReturn(slots, model.device)
         self._graphs = None if ladder is None else StepGraphs(ladder, capture)
@@ -81,9 +85,31 @@ class Runner:
                 step.num_tokens, step.num_sequences, decodes=step.only_decodes
             )
         logits = self._run_exact(step) if rung is None else self._run(step, rung)
+        self._advance(schedule)
+        return logits
+
+    @staticmethod
+    def _advance(schedule: Schedule) -> None:
         for chunk in schedule.chunks:
             chunk.request.taken += chunk.length
-        return logits
+
+    def forward_scoring(self, schedule: Schedule, asked: Asked) -> tuple[torch.Tensor, PromptScores]:
+        """As :meth:`forward`, and the scores of the prompts' tokens that are ``asked`` about.
+
+        Such a pass runs eagerly, as it is: its hidden states are looked at again.
+        """
+        assert self._scorer is not None
+        step = self._inputs(schedule)
+        if self._check:
+            check_step(step, schedule, self._slots, self._vocab_size)
+        tensors = self._fill(step)
+        self._answers = tensors.answers
+        ids = self._buffers.table.index_select(0, tensors.places)
+        model: Any = self._model
+        hidden = model.forward_hidden(ids, tensors.metadata, self._cache)
+        logits, scores = model.logits(hidden, tensors.wanted, **self._options), self._scorer(hidden, asked)
+        self._advance(schedule)
+        return logits, scores
 
     def give(self, tokens: torch.Tensor) -> Callable[[], list[int]]:
         """Let the sequences of the last pass go on from ``tokens [B]``, one for each row of its logits.

@@ -11,6 +11,7 @@ import torch
 from tp_mamba.batch import copy_to_device
 from tp_mamba.engine.choice import RowParams, choose
 from tp_mamba.engine.cut_vocabulary import CutVocabulary, choose_over_ranks
+from tp_mamba.engine.logprobs import score_rows
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.request import Request
 from tp_mamba.engine.tables import SlotTables, adds, counts_text
@@ -84,6 +85,20 @@ class Sampler:
         if slots is not None:
             self._tables.see(slots, tokens)
         return tokens
+
+    def score(
+        self, logits: torch.Tensor, tokens: torch.Tensor, requests: Sequence[Request]
+    ) -> torch.Tensor | None:
+        """The scores of ``tokens [B]``, which :meth:`sample` has chosen from ``logits``, for those of ``requests`` that
+        ask for them, in their order: as :func:`score_rows` gives them. None if none does."""
+        rows = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
+        if not rows:
+            return None
+        if len(rows) < len(requests):
+            (places,) = copy_to_device([np.asarray(rows, dtype=np.int64)], self._device)
+            logits, tokens = logits[places], tokens[places]
+        top = max(requests[row].params.logprobs or 0 for row in rows)
+        return score_rows(logits, tokens, top, usable=self._usable, cut=self._cut)
 
 
 def _differing(params: Sequence[SamplingParams]) -> dict[str, list[float]]:

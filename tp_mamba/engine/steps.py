@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
+from tp_mamba.engine.buffers import to_host
 from tp_mamba.engine.choice import NOT_FINITE
 from tp_mamba.engine.cut_vocabulary import CutVocabulary
 from tp_mamba.engine.graphs import CaptureReport, CudaCapture
 from tp_mamba.engine.ladder import Ladder
+from tp_mamba.engine.logprobs import described
 from tp_mamba.engine.model import Cache, Model
+from tp_mamba.engine.prompt_scores import Asked, PromptScorer, PromptScores
 from tp_mamba.engine.request import Request, TokenEvent
 from tp_mamba.engine.reuse import PrefixReuse
 from tp_mamba.engine.room import Room
@@ -30,6 +33,10 @@ class _Step:
     """Those that make a token in it."""
     receive: Callable[[], list[int]]
     """Waits for the tokens."""
+    scores: Callable[[], list[list[float]]]
+    """Waits for the scores of those tokens whose requests ask for them."""
+    prompts: PromptScores | None
+    """Those of tokens of prompts."""
 
 
 class Steps:
@@ -79,6 +86,7 @@ class Steps:
             capture=capture,
             check_steps=check_steps,
             cut_logits=cut_logits,
+            scorer=PromptScorer(model, usable),
         )
         vocab_size, cut = model.config.vocab_size, None
         if self._runner.logits_are_cut:
@@ -114,12 +122,19 @@ class Steps:
             return False
         for request in schedule.admitted:
             sampler.begin(request)
-        logits, requests = self._runner.forward(schedule), schedule.sampling
+        runner, requests, asked, prompts = self._runner, schedule.sampling, Asked.of(schedule), None
+        if asked.parts:
+            logits, prompts = runner.forward_scoring(schedule, asked)
+        else:
+            logits = runner.forward(schedule)
         if reuse is not None:
             reuse.keep_cuts(schedule)
-        self._pending.append(
-            _Step(requests, self._runner.give(sampler.sample(logits, requests)) if requests else list)
-        )
+        receive: Callable[[], list[int]] = list
+        scores: torch.Tensor | None = None
+        if requests:
+            tokens = sampler.sample(logits, requests)
+            scores, receive = sampler.score(logits, tokens, requests), runner.give(tokens)
+        self._pending.append(_Step(requests, receive, list if scores is None else to_host(scores), prompts))
         for request in requests:
             request.launched += 1
             if request.all_launched:
@@ -132,10 +147,18 @@ class Steps:
     def _collect(step: _Step, requests: Mapping[int, Request]) -> list[tuple[Request, TokenEvent]]:
         """Wait for the tokens of ``step``, and tell what has become of its requests."""
         found = []
+        if step.prompts is not None:
+            step.prompts.hand_out()
+        scores = iter(step.scores())
         for request, token in zip(step.requests, step.receive(), strict=True):
-            if request.index in requests:  # else it has ended, or was dropped, after this step was launched
-                event = request.fail(_not_finite(request)) if token == NOT_FINITE else request.accept(token)
-                found.append((request, event))
+            logprob, top = None, request.params.logprobs
+            if top is not None:
+                logprob = described(next(scores), token, top)
+            if request.index not in requests:
+                continue  # it has ended, or was dropped, after this step was launched
+            finite = token != NOT_FINITE
+            event = request.accept(token, logprob) if finite else request.fail(_not_finite(request))
+            found.append((request, event))
         return found
 
     def remove(self, request: Request) -> None:

@@ -18,7 +18,7 @@ from tp_mamba.models.config import MambaConfig
 from tp_mamba.models.registry import Family, get_family
 from tp_mamba.options import resolve_compute_dtype, resolve_dtype
 from tp_mamba.parallel.group import TensorParallel, checked
-from tp_mamba.parallel.partial import Scattered
+from tp_mamba.parallel.partial import Scattered, whole
 
 
 class StateCache(Protocol):
@@ -299,6 +299,13 @@ class CausalLM(nn.Module):
         Raises:
             ValueError: ``input_ids`` is not ``[metadata.num_tokens]``, or ``cache`` is another model's.
         """
+        hidden = self.forward_hidden(input_ids, metadata, cache)
+        return self.logits(hidden, logits_indices, whole_vocab=whole_vocab)
+
+    def forward_hidden(
+        self, input_ids: torch.Tensor, metadata: MambaMetadata, cache: StateCache
+    ) -> torch.Tensor:
+        """As :meth:`forward_packed`, up to the head: the normed hidden states ``[T, H]``, the same on every rank."""
         if cache.num_layers != len(self.backbone.layers):
             raise ValueError(
                 f"got a cache of {cache.num_layers} layers for a model of {len(self.backbone.layers)}: "
@@ -310,8 +317,14 @@ class CausalLM(nn.Module):
                 "packed tokens: pass the metadata built for this batch"
             )
         hidden = self.backbone(input_ids, metadata, cache)
+        return whole(hidden, self.tp) if isinstance(hidden, Scattered) else hidden
+
+    def logits(
+        self, hidden: torch.Tensor, rows: torch.Tensor | None = None, *, whole_vocab: bool = True
+    ) -> torch.Tensor:
+        """Logits of ``hidden [T, H]``, or of those of its ``rows`` that are asked for; see :meth:`forward_packed`."""
         head = self.lm_head if whole_vocab else self.lm_head.columns
-        return head(hidden, logits_indices)
+        return head(hidden, rows)
 
     def loss(
         self,
