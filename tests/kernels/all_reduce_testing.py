@@ -14,7 +14,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -150,17 +149,11 @@ def run_ranks(
 
 @contextmanager
 def _one_language(interpreter: Any) -> Iterator[None]:
-    """Make Triton's language the interpreted one for a while, instead of around each call of each function.
-
-    Which costs more than the functions, and would be undone by one rank in the midst of another.
-    """
-    patch, language = interpreter._patch_lang, interpreter.tl
-    scope = patch(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
-    interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
+    """Keep Triton's language the interpreted one, which a launch of one rank would undo in the midst of another's."""
+    scope = interpreter._patch_lang(None)
     try:
         yield
     finally:
-        interpreter._patch_lang = patch
         scope.restore()
 
 

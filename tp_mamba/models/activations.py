@@ -38,6 +38,11 @@ class PeakMemory(TorchDispatchMode):
         self.peak = self._alive = 0
         self._sizes: dict[int, int] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: else torch would import its compiler with the first operator, to keep it away from this class."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
