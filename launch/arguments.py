@@ -66,6 +66,21 @@ def tolerance(text: str) -> float:
     return value
 
 
+def positive_seconds(text: str) -> float:
+    """A finite number of seconds above 0."""
+    value = _number(text, float)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of seconds above 0")
+    return value
+
+
+def port_number(text: str) -> int:
+    """A TCP port; 0 for any that is free."""
+    if not (text.isdecimal() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a port from 0 to {2**16 - 1}")
+    return int(text)
+
+
 def sampling(field: str, parse: Callable[[str], Any] = str) -> Callable[[str], Any]:
     """The type of an argument that becomes ``field`` of SamplingParams, with the limits that it has there.
 

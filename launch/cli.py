@@ -6,6 +6,7 @@ A verb is a module ``tp_mamba.launch.verbs.<verb>`` with
 * ``HELP``, one line, and ``EXAMPLES``, lines to type;
 * ``USES_RANKS``: whether ``run`` wants ``args.tp`` ranks, or runs once, whatever ``--tp`` means to it;
 * ``count_ranks(args)``, where it wants another number of them;
+* ``ENDS_ITSELF``, true where rank 0 ends in its own time when a signal asks for it, or when another rank has ended;
 * ``add_arguments(parser)``, which imports nothing heavy;
 * ``prepare(args)``, run once before any rank starts: reads prompts, refuses what cannot work;
 * ``run(args, tp)``, the work, on every rank; its result is the exit status.
@@ -29,7 +30,7 @@ from tp_mamba.launch.ranks.start import leave_in_time, make_tensor_parallel, res
 if TYPE_CHECKING:
     from tp_mamba.parallel.group import TensorParallel
 
-VERBS = ("generate", "train", "export", "verify", "plan", "info", "shard", "merge")
+VERBS = ("generate", "serve", "train", "export", "verify", "plan", "info", "shard", "merge")
 ONCE = frozenset({"export", "plan", "info", "shard", "merge"})
 """Verbs that compute nothing on ranks: of those that torchrun has started, rank 0 runs them alone."""
 
@@ -44,6 +45,7 @@ EPILOG = """\
 examples:
   tp-mamba generate ./mamba-130m-hf --prompt "The sea"            one process
   tp-mamba generate ./mamba-2.8b-hf --tp 4 --prompt "The sea"     four ranks of this machine
+  tp-mamba serve ./mamba-2.8b-hf --tp 2 --port 8000               an endpoint in the shape of OpenAI's
   tp-mamba plan ./mamba-2.8b-hf --tp 8                            what each rank would hold, without weights
   tp-mamba verify ./mamba-130m-hf --tp 1,2,4                      are the logits right at every size?
   torchrun --nproc-per-node 4 -m tp_mamba.launch generate ./mamba-2.8b-hf --prompt "The sea"
@@ -133,7 +135,8 @@ def run_verb(args: argparse.Namespace) -> int:
         size = _count_ranks(verb, args)
         import_module("tp_mamba.model")
     if size > 1 and not under_torchrun():
-        return int(start_ranks(run_rank, args, size=size))
+        ends_itself = getattr(verb, "ENDS_ITSELF", False)
+        return int(start_ranks(run_rank, args, size=size, ends_itself=ends_itself))
     return run_rank(args) if verb.USES_RANKS else verb.run(args, None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -20,7 +21,13 @@ from tp_mamba.launch.ranks.failures import (
     in_process_group,
     under_torchrun,
 )
-from tp_mamba.launch.ranks.signals import kept_from_children, raising_stopped
+from tp_mamba.launch.ranks.signals import (
+    STOPPING,
+    StoppedError,
+    handled,
+    kept_from_children,
+    raising_stopped,
+)
 
 if TYPE_CHECKING:
     from tp_mamba.parallel.group import TensorParallel
@@ -32,12 +39,21 @@ LEAVE_S = 10.0
 """How long a rank may take to end, after its work or a failure."""
 
 
-def start_ranks(work: Callable[..., Any], *args: Any, size: int) -> Any:
+LAST_S = 20.0
+"""How long rank 0 may take to end in its own time, after another rank has failed."""
+
+RANK_LOST = signal.SIGUSR1
+"""What tells a rank 0 that ends in its own time that another rank has failed."""
+
+
+def start_ranks(work: Callable[..., Any], *args: Any, size: int, ends_itself: bool = False) -> Any:
     """Run ``work(*args)`` in ``size`` new processes with torchrun's environment; return rank 0's result.
 
     Args:
         work: a function at the top level of a module; it and ``args`` are pickled.
         size: number of ranks, all on this host.
+        ends_itself: rank 0 is not killed but asked to end: by SIGTERM when a signal asks this process to stop, a
+            second one of which kills; by :data:`RANK_LOST`, with :data:`LAST_S` to do it in, when another rank fails.
 
     Raises:
         LaunchError: a rank raised, was killed or exited; the others have ended too.
@@ -66,7 +82,7 @@ def start_ranks(work: Callable[..., Any], *args: Any, size: int) -> Any:
                     process.start()
                     ranks.append((ours, process))
                     theirs.close()  # so that the pipe ends with the process
-            result = _collect(ranks)
+            result = _collect_from_one_that_ends(ranks) if ends_itself else _collect(ranks)
             for _, process in ranks:
                 process.join(LEAVE_S)
             return result
@@ -75,6 +91,30 @@ def start_ranks(work: Callable[..., Any], *args: Any, size: int) -> Any:
                 process.kill()
                 process.join()
                 pipe.close()
+
+
+def _collect_from_one_that_ends(ranks: Sequence[tuple[Connection, SpawnProcess]]) -> Any:
+    """:func:`_collect`, with a rank 0 that ends in its own time."""
+    first = ranks[0][1]
+    asked: list[int] = []
+
+    def ask(signum: int, _: object) -> None:
+        if asked:
+            raise StoppedError(signum)
+        asked.append(signum)
+        if first.is_alive() and first.pid is not None:
+            os.kill(first.pid, signal.SIGTERM)
+
+    with handled(ask, *STOPPING):
+        try:
+            return _collect(ranks)
+        except LaunchError:
+            if asked:  # perhaps before it could serve: then it has ended like any process
+                raise StoppedError(asked[0]) from None
+            if first.is_alive() and first.pid is not None:
+                os.kill(first.pid, RANK_LOST)
+                first.join(LAST_S)
+            raise
 
 
 def _rank_main(

@@ -143,6 +143,11 @@ class Engine:
         return bool(self._requests)
 
     @property
+    def load(self) -> tuple[int, int]:
+        """How many requests are running, each with a slot, and how many wait for one."""
+        return self._scheduler.load
+
+    @property
     def captured(self) -> CaptureReport:
         """How many steps were captured so far, and in what time."""
         return self._captured if self._steps is None else self._steps.captured

@@ -87,6 +87,16 @@ class Leader:
         """Whether any request is running or waiting."""
         return self._engine.has_work
 
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many requests are running, and how many wait."""
+        return self._engine.load
+
+    @property
+    def reused_tokens(self) -> int:
+        """As :attr:`Engine.reused_tokens`."""
+        return self._engine.reused_tokens
+
     def add_request(
         self, prompt: Sequence[int], params: SamplingParams | None = None, *, position: int = 0
     ) -> int:

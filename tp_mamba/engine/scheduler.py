@@ -93,6 +93,11 @@ class Scheduler:
         """Whether any request is running or waiting."""
         return bool(self._running or self._waiting)
 
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many requests are running, and how many wait."""
+        return len(self._running), len(self._waiting)
+
     def add(self, request: Request) -> None:
         """Put ``request`` behind those that wait."""
         self._waiting.append(request)
