@@ -62,7 +62,7 @@ class Codec:
         Raises:
             ApiError: 400 for a prompt without tokens, or ids outside the vocabulary.
         """
-        ids = await self.encode(prompt, special=special) if isinstance(prompt, str) else prompt
+        ids: Sequence[Any] = await self.encode(prompt, special=special) if isinstance(prompt, str) else prompt
         try:
             return checked_prompt(number, ids, self.vocab_size)
         except ValueError as error:
