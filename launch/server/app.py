@@ -18,6 +18,7 @@ from tp_mamba.launch.server.body import Guard, read
 from tp_mamba.launch.server.codec import Codec
 from tp_mamba.launch.server.errors import ApiError, error_body, refused
 from tp_mamba.launch.server.generation import StreamedAnswer, whole_answer
+from tp_mamba.launch.server.logprobs import TokenTexts
 from tp_mamba.launch.server.metrics import CONTENT_TYPE, Metrics
 from tp_mamba.launch.server.protocol import (
     ChatBody,
@@ -38,7 +39,11 @@ class Api:
     codec: Codec
     model: str
     """The name that requests give."""
+    texts: TokenTexts = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "texts", TokenTexts(self.codec.tokenizer))
 
     async def models(self) -> dict[str, Any]:
         """The one model there is."""
@@ -60,10 +65,25 @@ class Api:
             await self.codec.prompt_ids(prompt, number, special=special)
             for number, prompt in enumerate(given)
         ]
-        limit = body.max_tokens if body.max_tokens is not None else 16
-        params = self._params(body, limit)
-        shape = CompletionShape(Head(self.model, "cmpl"))
-        return await self._answer(request, body, shape, [(one, params) for one in ids], sum(map(len, ids)))
+        limit = 16 if body.max_tokens is None else body.max_tokens
+        prompt_logprobs = body.logprobs if body.echo else None
+        params = self._params(body, max(1, limit), logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
+        echoes = (
+            [(one if isinstance(one, str) else self.codec.decode(one)) for one in given] if body.echo else []
+        )
+        prompts = [one for one in ids for _ in range(body.choices)]
+        shape = CompletionShape(
+            Head(self.model, "cmpl"),
+            self.texts,
+            [pair for pair in zip(echoes, ids, strict=True) for _ in range(body.choices)]
+            if body.echo
+            else None,
+            logprobs=body.logprobs is not None,
+            prompt_only=limit == 0,
+        )
+        return await self._answer(
+            request, body, shape, [(one, params) for one in prompts], sum(map(len, ids))
+        )
 
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
@@ -79,10 +99,10 @@ class Api:
         )
         ids = await self.codec.prompt_ids(ids, 0, special=False)
         limit = self.service.limits.max_tokens if body.token_limit is None else body.token_limit
-        params = self._params(body, limit)
-        return await self._answer(
-            request, body, ChatShape(Head(self.model, "chatcmpl")), [(ids, params)], len(ids)
-        )
+        top = (body.top_logprobs or 0) if body.logprobs else None
+        params = self._params(body, limit, logprobs=top)
+        shape = ChatShape(Head(self.model, "chatcmpl"), self.texts, logprobs=top is not None)
+        return await self._answer(request, body, shape, [(ids, params)] * body.choices, len(ids))
 
     async def tokenize(self, request: Request) -> dict[str, Any]:
         """The ids of a text or a conversation."""
@@ -140,14 +160,14 @@ class Api:
                 code="model_not_found",
             )
 
-    def _params(self, body: Sampling, max_new_tokens: int) -> SamplingParams:
+    def _params(self, body: Sampling, max_new_tokens: int, **more: Any) -> SamplingParams:
         most = self.service.limits.max_tokens
         if max_new_tokens > most:
             raise refused(
                 f"{quoted(max_new_tokens)} new tokens were asked for, the server makes at most {most}",
                 "max_tokens",
             )
-        return _valid(lambda: body.sampling_params(max_new_tokens), None)
+        return _valid(lambda: body.sampling_params(max_new_tokens, **more), None)
 
     async def _answer(
         self,

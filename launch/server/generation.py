@@ -38,7 +38,7 @@ async def whole_answer(
         work.cancel()
         gone.cancel()
         job.close()
-    usage = Usage(prompt_tokens, sum(piece.tokens for piece in pieces))
+    usage = Usage(prompt_tokens, sum(map(shape.new_tokens, pieces)))
     bodies = [shape.whole(choice, piece) for choice, piece in enumerate(pieces)]
     return JSONResponse(shape.body(bodies, usage, stream=False))
 
@@ -101,7 +101,7 @@ async def _events(
             for choice, event in events:
                 _check(event)
                 pieces.setdefault(choice, Piece()).add(event)
-            new += sum(piece.tokens for piece in pieces.values())
+            new += sum(map(shape.new_tokens, pieces.values()))
             if chunk := of([shape.piece(choice, piece) for choice, piece in pieces.items()]):
                 yield chunk
     except ApiError as error:

@@ -89,13 +89,6 @@ class Sampling(Body):
         """
         seed = secrets.randbits(63) if self.seed is None else self.seed % _UNSIGNED
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        for name in ("presence_penalty", "frequency_penalty", "logit_bias", "min_tokens"):
-            if value := getattr(self, name):
-                if name not in SamplingParams.__dataclass_fields__:
-                    raise ValueError(f"{name} is not served: leave it out")
-                more[name] = value
-        if self.choices > 1:
-            raise ValueError("n above 1 is not served: leave it out")
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=_or(self.temperature, 1.0),
@@ -103,6 +96,10 @@ class Sampling(Body):
             top_p=_or(self.top_p, 1.0),
             min_p=_or(self.min_p, 0.0),
             repetition_penalty=_or(self.repetition_penalty, 1.0),
+            presence_penalty=_or(self.presence_penalty, 0.0),
+            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            logit_bias=self.logit_bias or {},  # type: ignore[arg-type]  # it takes ids that are strings of digits
+            min_tokens=_or(self.min_tokens, 0),
             seed=seed,
             stop=tuple(stops),
             stop_token_ids=tuple(self.stop_token_ids or ()),
@@ -143,8 +140,10 @@ class CompletionBody(Sampling):
 
     @model_validator(mode="after")
     def _no_best_of(self) -> Self:
-        if self.echo or self.logprobs is not None:
-            raise ValueError("echo and logprobs are not served: leave them out")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError(
+                "max_tokens=0 without echo asks for nothing: ask for a token, or set echo to true"
+            )
         if self.best_of not in (None, self.choices):
             raise ValueError(f"best_of={self.best_of} is not served: leave it out, and ask for n texts")
         return self
@@ -235,8 +234,6 @@ class ChatBody(Sampling):
             raise ValueError(f"response_format {self.response_format.type!r} is not served: leave it out")
         if self.store:
             raise ValueError("store=true is not served, nothing is kept here: leave it out")
-        if self.logprobs:
-            raise ValueError("logprobs are not served: leave them out")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError(
                 "top_logprobs was given without logprobs: set logprobs to true, or leave both out"
