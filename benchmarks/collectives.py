@@ -152,7 +152,7 @@ def _case(rows: int, form: str) -> Case:
     return Case(
         name=f"{rows} rows, {form}",
         unit="us",
-        sizes={"batch": rows, "form": form},
+        sizes={"rows": rows, "form": form},
         build=partial(build, rows=rows, form=form),
         limit=limits.side_by_side(limits.by_bytes(moved), lambda gpu: sent / LINK),
         target=COLLECTIVES.get(rows, Target()) if form == "ours" else Target(),

@@ -1,9 +1,9 @@
-"""Draws recorded results to PNG: share of the limit by case, time by length, time by batch.
+"""Draws recorded results to PNG: share of the limit by case, time by length and by batch, and a whole model.
 
     python -m benchmarks.plot benchmarks/results/h200/*.json --out benchmarks/results/h200
 
-writes share.png, length.png and batch.png, each from the results that have something for it; of a case in several
-files the newest is drawn. Needs matplotlib (``pip install -e ".[bench]"``).
+writes share.png, length.png, batch.png and whole.png, each from the results that have something for it; of a case in
+several files the newest is drawn. Needs matplotlib (``pip install -e ".[bench]"``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plot_whole import draw_whole
 from benchmarks.recorded import TITLES, Result, read, source, unit
 from benchmarks.report import Row, figures
 
@@ -35,6 +36,8 @@ LIMITS = {
     "gemm": "bytes or operations",
     "layer": "its four products",
     "decode": "bytes",
+    "collectives": "the link",
+    "whole": "bytes or operations",
     "cpu": "its products",
 }
 """What a benchmark cannot be faster than."""
@@ -125,7 +128,8 @@ def draw_length(figure: Any, results: Sequence[Result]) -> list[Result]:
 
 def draw_batch(figure: Any, results: Sequence[Result]) -> list[Result]:
     """Time over the sequences that take a step together."""
-    return _draw_panels(figure, results, "batch", "sequences")
+    layers = [result for result in results if result.benchmark != "whole"]
+    return _draw_panels(figure, layers, "batch", "sequences")
 
 
 def _draw_panels(figure: Any, results: Sequence[Result], over: str, label: str) -> list[Result]:
@@ -214,6 +218,7 @@ PLOTS = {
     "share": (draw_share, "Share of the hardware's limit"),
     "length": (draw_length, "Time by length"),
     "batch": (draw_batch, "Time by batch"),
+    "whole": (draw_whole, "falcon-mamba-7b as a user gets it"),
 }
 
 

@@ -25,7 +25,9 @@ import torch
 
 from benchmarks import ROOT
 from benchmarks.environment import describe
-from benchmarks.trace import MODELS, Request, Served, model_of, needs_gpu, serve, summarize
+from benchmarks.report import Row
+from benchmarks.served import Served, rows_of
+from benchmarks.trace import MODELS, Request, model_of, needs_gpu, serve, summarize
 from tp_mamba.engine.engine import Engine
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.scheduler import Schedule
@@ -170,7 +172,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """One rank: all of them make the same calls."""
     tp = make_tensor_parallel(options.device, None)
     model = model_of(options, tp)
-    vocab_size, results, wrong = model.config.vocab_size, list[Result](), list[str]()
+    vocab_size, results, rows = model.config.vocab_size, list[Result](), list[Row]()
+    wrong = list[str]()
     plain: dict[str, Run] = {}
     for keep in (False, True):
         with new_engine(model, options, keep=keep) as engine:
@@ -189,6 +192,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                         engine.prefixes.clear()
                 done = work(engine, options, vocab_size)
                 plain.setdefault(case, done)
+                name = f"{case}, states {'kept' if keep else 'not kept'}"
+                rows += rows_of(name, done.served, done.seconds, tp.size)
                 figures = summarize(case, done.served)
                 results.append(
                     Result(
@@ -215,6 +220,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "ranks": tp.size,
         "not_bit_equal": wrong,
         "results": [asdict(result) for result in results],
+        "rows": [row.to_json() for row in rows],
     }
 
 

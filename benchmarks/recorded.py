@@ -18,7 +18,11 @@ TITLES = {
     "gemm": "projections",
     "layer": "mixer layer, prefill",
     "decode": "mixer layer, decode",
+    "collectives": "sums over two GPUs",
+    "whole": "falcon-mamba-7b",
     "long": "long input",
+    "trace": "requests",
+    "prefix": "prompts that begin alike",
     "cpu": "mamba-130m on a CPU",
 }
 """What a benchmark measures, in the order in which results are shown."""

@@ -24,6 +24,7 @@ import torch
 from benchmarks import ROOT
 from benchmarks.environment import describe
 from benchmarks.inputs import decay_rates, normal, time_step_bias
+from benchmarks.served import Served, rows_of
 from benchmarks.steps import StepClock, table_of
 from tp_mamba.config import MambaConfig
 from tp_mamba.engine.engine import Engine
@@ -61,15 +62,6 @@ class Request:
     """Seconds after the beginning."""
     prompt: list[int]
     new_tokens: int
-
-
-@dataclass(slots=True)
-class Served:
-    """What became of a request, in seconds after the beginning."""
-
-    arrival: float
-    times: list[float] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +135,8 @@ def summarize(case: str, served: list[Served], steps: Sequence[dict[str, Any]] =
         tokens,
         seconds,
         tokens / seconds,
-        percentiles([each.times[0] - each.arrival for each in served]),
-        percentiles([(each.times[-1] - each.times[0]) / (len(each.times) - 1) for each in several]),
+        percentiles([each.first_token for each in served]),
+        percentiles([each.per_token for each in several]),
         percentiles([gap for each in several for gap in np.diff(each.times).tolist()]),
         list(steps),
     )
@@ -216,6 +208,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         "options": {name: value for name, value in vars(options).items() if name not in ("json", "commit")},
         "ranks": tp.size,
         "results": [],
+        "rows": [],
     }
     with Leader(engine, tp) as leader:
         at_once = make_trace(options, 0.0, model.config.vocab_size)
@@ -234,6 +227,10 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
             served = serve(leader, trace)
             result = summarize(name, served, clock.read())
             found["results"].append(asdict(result))
+            found["rows"] += [
+                row.to_json()
+                for row in rows_of(f"{len(trace)} requests, {name}", served, result.seconds, tp.size)
+            ]
             found["peak_bytes"] = (
                 torch.cuda.max_memory_allocated(tp.device) if tp.device.type == "cuda" else None
             )

@@ -217,7 +217,7 @@ def cases(goals: Mapping[tuple[str, int, int], Target]) -> list[Case]:
                         work=(batch, "tokens"),
                     )
                 )
-        for tokens in (2048, 8192):
+        for tokens in (512, 2048, 8192):
             for form in ("as generate", "replay") if tokens <= MAX_TOKENS else ("as generate",):
                 made.append(
                     Case(

@@ -12,6 +12,7 @@ from benchmark_samples import toy
 from benchmarks import (
     environment,
     plot,
+    plot_whole,
     recorded,
     report,
     table,
@@ -118,6 +119,39 @@ def test_what_plots_show(tmp_path: Path) -> None:
         "vLLM": [[1, 7], [64, 7]],
     }
     assert plot.draw_length(Figure(), results) == []
+
+
+def test_the_plot_of_a_whole_model(tmp_path: Path) -> None:
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    rows = [
+        Row.of(
+            toy(
+                f"{over} {size}, {gpus}, {form}",
+                sizes={over: size, "GPUs": gpus, "form": form},
+                work=(size, "tokens"),
+            ),
+            H200,
+            samples=Samples((size * 1e-3 / gpus,)),
+        )
+        for gpus in (1, 2)
+        for over, size in (("batch", 2), ("batch", 4), ("length", 8), ("length", 16))
+        for form in ("as generate", "replay")
+    ]
+    described = environment.describe(torch.device("cpu"))
+    report.write_json(tmp_path / "whole.json", "whole", described, H200, 3, rows)
+    results = recorded.read([tmp_path / "whole.json"])
+    figure = Figure()
+    assert plot_whole.draw_whole(figure, results) == results
+    share, rate = figure.axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in share.lines}
+    assert drawn["one GPU"] == [[2, 50], [4, 25]]
+    assert drawn["two GPUs, replay"] == [[2, 100], [4, 50]]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in rate.lines}
+    assert drawn["one GPU"] == [[8, 1000], [16, 1000]]
+    assert drawn["two GPUs"] == [[8, 2000], [16, 2000]]
+    assert [text.get_text() for text in rate.texts] == ["2.00 times one"] * 2
+    assert plot.draw_batch(Figure(), results) == []
+    assert plot_whole.draw_whole(Figure(), []) == []
 
 
 def test_a_place_without_a_panel_stays_empty(tmp_path: Path) -> None:

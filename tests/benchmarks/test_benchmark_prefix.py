@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import prefix
+from benchmarks import prefix, recorded
+from benchmarks.served import Served
 from tp_mamba.state.cache import MambaCache
 
 SMALL = "--model tiny --dtype float32 --device cpu --requests 3 --shared-tokens 64 --block-size 64 --own-tokens 33"
@@ -28,6 +29,9 @@ def test_a_run_tells_what_is_computed_with_states_kept_and_without(
         ("conversation", False): (said, said),
         ("conversation", True): (said, 40 + 41 + 41),  # the last token of an answer was never read
     }
+    names = [result.row.case for result in recorded.read([tmp_path / "found.json"])]
+    assert names[:2] == ["shared, states not kept, one GPU", "shared, states not kept, one GPU, first token"]
+    assert len(names) == 4 * 3
     for result in found["results"]:
         assert result["same_texts"] == [9, 9]
         assert result["tokens_per_second"] == pytest.approx(9 / result["seconds"])
@@ -64,8 +68,8 @@ def test_wrong_usage(wrong: str, says: str, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_texts_are_compared_up_to_the_first_difference() -> None:
-    def served(ids: list[int]) -> prefix.Served:
-        return prefix.Served(0.0, [0.0] * len(ids), ids)
+    def served(ids: list[int]) -> Served:
+        return Served(0.0, [0.0] * len(ids), ids)
 
     assert prefix.same_tokens([served([1, 2, 3])], [served([1, 9, 3])]) == (1, 3)
     assert prefix.same_tokens([served([1]), served([2])], [served([1]), served([2])]) == (2, 2)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import trace
-from benchmarks.trace import Served, make_trace, summarize
+from benchmarks import recorded, trace
+from benchmarks.served import Served
+from benchmarks.trace import make_trace, summarize
 
 SMALL = [
     "--model",
@@ -40,6 +41,11 @@ def test_a_run_serves_all_and_keeps_what_it_found(tmp_path: Path, capsys: pytest
         assert sum(kind["tokens"] for kind in kinds.values()) == sum(found["prompt_lengths"]) + 3 * 2
         assert sum(kind["forward"] + kind["between"] for kind in kinds.values()) <= result["seconds"]
     assert "padding" in out
+    whole, first, per = (result.row for result in recorded.read([tmp_path / "found.json"])[:3])
+    assert whole.case == "3 requests, all at once, one GPU"
+    assert whole.rate == pytest.approx(found["results"][0]["tokens_per_second"])
+    assert first.median == pytest.approx(found["results"][0]["first_token_ms"][0])
+    assert per.median == pytest.approx(found["results"][0]["per_token_ms"][0])
 
 
 def test_other_tokens_alone_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
