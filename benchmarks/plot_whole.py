@@ -46,9 +46,10 @@ def draw_whole(figure: Any, results: Sequence[Result]) -> list[Result]:
     _lines(rate, rows, "length", "as generate", _limit_rate, {"linestyle": "--", "linewidth": 0.8}, "limit, ")
     one = _by_size(rows, "length", "as generate", 1)
     for length, row in _by_size(rows, "length", "as generate", 2).items():
-        if length in one and row.rate and one[length].rate:
+        alone = one[length].rate if length in one else None
+        if alone and row.rate:
             rate.annotate(
-                f"{row.rate / one[length].rate:.2f} times one", (length, row.rate), (0, 7),
+                f"{row.rate / alone:.2f} times one", (length, row.rate), (0, 7),
                 textcoords="offset points", ha="center", fontsize=7,
             )  # fmt: skip
     rate.set_ylim(bottom=0)
