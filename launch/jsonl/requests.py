@@ -15,7 +15,14 @@ from tp_mamba.quoting import quoted
 
 PROMPTS = ("prompt", "prompt_token_ids")
 OPTIONS = tuple(field.name for field in fields(SamplingParams))
-RESULTS = ("made_from", "text", "token_ids", "finish_reason", "error")
+RESULTS = (
+    "made_from",
+    "text",
+    "token_ids",
+    "finish_reason",
+    "error",
+    "samples",
+)
 """Fields of a result besides those that are carried through."""
 
 MOST_BYTES = 64 * 2**20

@@ -36,7 +36,13 @@ class _Running:
 
     line: Line
     carried: dict[str, Any]
-    made: Collected = field(default_factory=Collected)
+    samples: list[Collected] = field(default_factory=list)
+    """One, or as many as ``n`` asks for."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether every sample has."""
+        return all(made.finish_reason is not None for made in self.samples)
 
 
 @dataclass(slots=True)
@@ -89,7 +95,7 @@ class FileRun:
         self.settings = settings
         self._leader, self._encode_prompt, self._defaults = leader, encode_prompt, defaults
         self._vocab_size, self._note, self._text_only = vocab_size, note, text_only
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, tuple[_Running, Collected]] = {}
         self._noted: set[str] = set()
 
     def __call__(
@@ -121,7 +127,7 @@ class FileRun:
         try:
             asked = parse(line, self._defaults)
         except BadRequestError as error:
-            self._finish(_Running(line, error.carried), "error", shown(error, 1000))
+            self._refuse(_Running(line, error.carried), error)
             return
         for name, option in lookalikes(asked.carried):
             if name not in self._noted:
@@ -134,10 +140,12 @@ class FileRun:
             ids = checked_prompt(line.number, self._ids(asked.prompt), self._vocab_size)
             index = self._leader.add_request(ids, asked.params, position=line.position)
         except ValueError as error:
-            self._finish(running, "error", shown(error, 1000))
+            self._refuse(running, error)
             return
         self._counts.prompt_tokens += len(ids)
-        self._running[index] = running
+        for sample in range(asked.params.n):
+            running.samples.append(Collected())
+            self._running[index + sample] = running, running.samples[-1]
 
     def _ids(self, prompt: str | list[Any]) -> list[Any]:
         if isinstance(prompt, str):
@@ -149,24 +157,33 @@ class FileRun:
         return prompt
 
     def _take(self, event: TokenEvent) -> None:
-        running = self._running[event.index]
+        running, made = self._running[event.index]
         self._counts.new_tokens += event.token_id is not None
-        running.made.take(event)
+        made.take(event)
         if event.finish_reason is not None:
             del self._running[event.index]
-            self._finish(running, event.finish_reason, event.error)
+            if running.has_ended:
+                self._finish(running)
 
-    def _finish(self, running: _Running, reason: str, error: str | None) -> None:
-        line = running.line
+    def _refuse(self, running: _Running, error: ValueError) -> None:
+        running.samples = [Collected(finish_reason="error", error=shown(error, 1000))]
+        self._finish(running)
+
+    def _finish(self, running: _Running) -> None:
+        line, first = running.line, running.samples[0]
+        error = next((made.error for made in running.samples if made.error is not None), None)
+        more = _logprobs(first)
+        if len(running.samples) > 1:
+            more["samples"] = [_sample(made) for made in running.samples]
         result = encode(
             line,
             self.settings,
             running.carried,
-            text=running.made.text,
-            token_ids=running.made.token_ids,
-            finish_reason=reason,
+            text=first.text,
+            token_ids=first.token_ids,
+            finish_reason=first.finish_reason or "error",
             error=error,
-            more=_logprobs(running.made),
+            more=more,
         )
         self._counts.lines += 1
         if error is not None:
@@ -174,6 +191,17 @@ class FileRun:
             failure = (line.number, error)
             self._counts.first_failure = min(self._counts.first_failure or failure, failure)
         self._results.put(line.position, result)
+
+
+def _sample(made: Collected) -> dict[str, Any]:
+    """One of several samples; the first is also what the result says itself."""
+    return {
+        "text": made.text,
+        "token_ids": made.token_ids,
+        **_logprobs(made),
+        "finish_reason": made.finish_reason,
+        "error": made.error,
+    }
 
 
 def _logprobs(made: Collected) -> dict[str, Any]:

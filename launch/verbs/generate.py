@@ -38,7 +38,7 @@ USES_RANKS = True
 FIELDS = tuple(
     field
     for field in SamplingParams.__dataclass_fields__
-    if field not in ("logprobs", "prompt_logprobs", "prompt_logprobs_start")
+    if field not in ("n", "logprobs", "prompt_logprobs", "prompt_logprobs_start")
 )
 """Those of SamplingParams that are arguments; the others are for the lines of a file alone, whose results show them."""
 

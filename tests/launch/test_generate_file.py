@@ -246,3 +246,14 @@ def test_results_carry_the_logprobs_that_a_line_asks_for(sample: Path, tmp_path:
     assert [each["token_id"] for each in of_prompt["prompt_logprobs"]] == [7, 8]
     assert "logprobs" not in none
     assert "prompt_logprobs" not in new
+
+
+def test_a_line_may_ask_for_samples(sample: Path, tmp_path: Path) -> None:
+    line = {"prompt_token_ids": list(range(40)), "max_new_tokens": 4, "temperature": 30.0}
+    lines = [{**line, "n": 3}, line]
+    (tmp_path / "in").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    assert cli.main(file_arguments(sample, tmp_path / "in", tmp_path / "out")) == 0
+    three, one = (json.loads(each) for each in (tmp_path / "out").read_text().splitlines())
+    assert len({tuple(each["token_ids"]) for each in three["samples"]}) == 3
+    assert three["samples"][0] == {name: three[name] for name in three["samples"][0]}
+    assert "samples" not in one

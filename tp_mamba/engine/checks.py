@@ -50,7 +50,7 @@ def check_step(step: StepInputs, schedule: Schedule, slots: int, vocab_size: int
     at = decodes
     for chunk, length in zip(schedule.chunks, step.prefill_lengths, strict=True):
         at += length
-        if chunk.completes:
+        if chunk.answers:
             ends.append(at - 1)
     _require(step.wanted == ends, f"logits of tokens {step.wanted} are asked for, not {ends}")
     answers = [vocab_size + (request.slot or 0) for request in schedule.sampling]

@@ -162,7 +162,8 @@ def stream(
         model: see :class:`tp_mamba.engine.model.Model`; a :class:`tp_mamba.MambaForCausalLM`, for example.
         prompts: token ids of each prompt, none empty: lists of any lengths, or a tensor ``[B, L]`` or ``[L]``.
         params: how to choose tokens and when to stop, for all prompts or one for each; by default greedy, 128
-            tokens.
+            tokens. With ``n`` samples of a prompt, all come after one another: prompt 1 has the indices behind those
+            of prompt 0.
         tokenizer: turns tokens into text; without one events carry ids only. Ids above all of its own, which
             pad the vocabulary of many files, are never made.
         attention_mask: ``[B, L]`` beside a tensor of prompts, nonzero where its ids are not padding.
@@ -227,7 +228,7 @@ def stream(
                     **_described(rows, each_params),
                 }
             )
-        engine.start(at_most=len(rows))
+        engine.start(at_most=sum(each.n for each in each_params))
     finally:
         let_go()
     return TokenStream(engine)

@@ -40,8 +40,10 @@ class RequestBuilder:
             self.usable = min(self.usable, end_of_ids(tokenizer))
             self._special_ids = special_token_ids(tokenizer)
 
-    def build(self, index: int, prompt: Sequence[int], params: SamplingParams, position: int) -> Request:
-        """Request ``index``, about to begin.
+    def build(
+        self, index: int, prompt: Sequence[int], params: SamplingParams, position: int, sample: int = 0
+    ) -> Request:
+        """Request ``index``, about to begin; ``sample`` of those of its prompt.
 
         Raises:
             ValueError: an empty prompt, ids that are no integers or outside the vocabulary, or stop strings
@@ -60,6 +62,7 @@ class RequestBuilder:
             ids,
             params,
             position,
+            sample,
             eos_ids=frozenset() if params.ignore_eos else frozenset(self._config.eos_token_ids),
             detokenizer=None
             if self._tokenizer is None

@@ -29,12 +29,12 @@ from tp_mamba.parallel.words import WordsOfRank0
 
 @dataclass(frozen=True, slots=True)
 class _Add:
-    """A request, as rank 0 has checked it."""
+    """Requests that begin alike, mostly one, as rank 0 has checked them."""
 
-    index: int
-    prompt: np.ndarray
+    indices: range
+    prompts: list[np.ndarray]
     """Token ids, packed: a prompt of a list of ints would be several times longer on the way."""
-    params: SamplingParams | None
+    params: SamplingParams | Sequence[SamplingParams] | None
     position: int
 
 
@@ -101,9 +101,20 @@ class Leader:
         self, prompt: Sequence[int], params: SamplingParams | None = None, *, position: int = 0
     ) -> int:
         """As :meth:`Engine.add_request`; a request that is refused here reaches no other rank."""
-        index = self._engine.add_request(prompt, params, position=position)
-        self._calls.append(_Add(index, np.asarray(prompt, dtype=np.int64), params, position))
-        return index
+        return self.add_alike([prompt], params, position=position)[0]
+
+    def add_alike(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        position: int = 0,
+    ) -> range:
+        """As :meth:`Engine.add_alike`; requests that are refused here reach no other rank."""
+        indices = self._engine.add_alike(prompts, params, position=position)
+        packed = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
+        self._calls.append(_Add(indices, packed, params, position))
+        return indices
 
     def abort(self, index: int) -> bool:
         """As :meth:`Engine.abort`."""
@@ -154,8 +165,9 @@ def follow(engine: Engine, tp: TensorParallel) -> None:
                 if isinstance(call, _Abort):
                     engine.abort(call.index)
                     continue
-                index = engine.add_request(call.prompt.tolist(), call.params, position=call.position)
-                assert index == call.index, "this rank's engine has had requests of its own"
+                prompts = [prompt.tolist() for prompt in call.prompts]
+                indices = engine.add_alike(prompts, call.params, position=call.position)
+                assert indices == call.indices, "this rank's engine has had requests of its own"
             engine.step()
         words.close()
     if calls.error is not None:

@@ -23,6 +23,7 @@ _INTEGERS = (
     "logprobs",
     "prompt_logprobs",
     "prompt_logprobs_start",
+    "n",
     "seed",
 )
 _OPTIONAL = ("logprobs", "prompt_logprobs")
@@ -69,6 +70,8 @@ class SamplingParams:
     """The same of the prompt's tokens, given with the first new one."""
     prompt_logprobs_start: int = 0
     """Index of the first prompt token that ``prompt_logprobs`` is about; what lies before may come from kept states."""
+    n: int = 1
+    """Samples of the prompt, which is computed once for all of them; each has random numbers of its own."""
     seed: int = 0
     """Together with the prompt's position in the call it fixes the prompt's random numbers; 0 to 2^64 - 1."""
     stop_token_ids: tuple[int, ...] = ()
@@ -124,6 +127,8 @@ class SamplingParams:
                     f"{name}={asked} is out of range: list 0 to {MAX_LOGPROBS} of the likeliest tokens, or None for no "
                     "logprobs at all"
                 )
+        if self.n < 1:
+            raise ValueError(f"n={self.n} makes nothing: ask for at least 1 sample")
         if self.prompt_logprobs_start < 0:
             raise ValueError(
                 f"prompt_logprobs_start={self.prompt_logprobs_start} is negative: it counts from the first token"

@@ -63,6 +63,8 @@ class Request:
     params: SamplingParams
     position: int = 0
     """Fixes its random numbers, together with the seed."""
+    sample: int = 0
+    """Which of the samples of its prompt it is; their random numbers differ."""
     eos_ids: Collection[int] = ()
     """End-of-text ids that end it."""
     detokenizer: Detokenizer | None = None
@@ -81,11 +83,15 @@ class Request:
     """Tokens that the steps launched so far make. Where the host runs ahead of the device, one more than it has seen,
     until the request ends."""
     finish_reason: FinishReason | None = None
+    followers: list[Request] | None = None
+    """Of a context (:mod:`tp_mamba.engine.shared`): those that have yet to begin with its state."""
+    context: Request | None = None
+    """What it begins with, until it has begun."""
     uniforms: UniformStream = field(init=False)
     stops: StopStrings = field(init=False)
 
     def __post_init__(self) -> None:
-        self.uniforms = UniformStream(self.params.seed, self.position)
+        self.uniforms = UniformStream(self.params.seed, self.position, self.sample)
         self.stops = StopStrings(self.params.stop)
 
     @property

@@ -47,6 +47,10 @@ class PrefixReuse:
         self._spare += 1
         self._cache.free(slot)
 
+    def copy(self, source: int, target: int) -> None:
+        """Make ``target`` the same sequence as ``source``."""
+        self._cache.copy(source, target)
+
     def comes_soon(self, request: Request, running: Sequence[Request], chunks: Sequence[Chunk]) -> bool:
         """Whether one of ``running`` is about to leave a state with which ``request`` would rather begin.
 

@@ -144,7 +144,7 @@ class Runner:
             step.prefill_lengths.append(chunk.length)
             step.continues.append(chunk.start > 0)
             step.places.extend(chunk.request.prompt[chunk.start : chunk.start + chunk.length])
-            if chunk.completes:
+            if chunk.answers:
                 step.wanted.append(step.num_tokens - 1)
                 step.answers.append(place(slot))
         return step

@@ -94,7 +94,7 @@ class Steps:
         self._sampler = Sampler(room.slots, vocab_size, usable, device, cut=cut)
         self.reuse: PrefixReuse | None = None
         if room.snapshots:
-            self.reuse = PrefixReuse(cache, room.sequences, room.snapshots, block_size)  # type: ignore[arg-type]
+            self.reuse = PrefixReuse(cache, room.sequences, room.snapshots, block_size)
         self._pending: deque[_Step] = deque()
 
     @property
@@ -164,7 +164,9 @@ class Steps:
     def remove(self, request: Request) -> None:
         """No further step is for ``request``, which has ended or was dropped."""
         if not request.all_launched:
-            self._scheduler.remove(request)
+            context = self._scheduler.remove(request)
+            if context is not None:
+                self._release(context)
         if not request.all_launched or self.reuse is not None:
             self._release(request)
 
