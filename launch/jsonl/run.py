@@ -12,9 +12,9 @@ from typing import Any
 from tp_mamba.engine.collected import Collected
 from tp_mamba.engine.intake import checked_prompt
 from tp_mamba.engine.leader import Leader
-from tp_mamba.engine.logprobs import TokenLogprob
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.request import TokenEvent
+from tp_mamba.engine.token_logprob import TokenLogprob
 from tp_mamba.launch.jsonl.requests import BadRequestError, Line, lookalikes, parse, read_lines
 from tp_mamba.launch.jsonl.results import Found, ResultsFile, encode
 from tp_mamba.quoting import quoted, shown

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders
 
-from tp_mamba.engine.logprobs import TokenLogprob
+from tp_mamba.engine.token_logprob import TokenLogprob
 
 Place = tuple[int, TokenLogprob | None]
 """A token, and how likely it was; None for the first of a prompt, before which there is nothing."""

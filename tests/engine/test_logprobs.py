@@ -15,8 +15,9 @@ from tp_mamba.engine import prompt_scores
 from tp_mamba.engine.cut_vocabulary import CutVocabulary
 from tp_mamba.engine.engine import Engine
 from tp_mamba.engine.generate import GenerationResult, generate
-from tp_mamba.engine.logprobs import TokenLogprob, described, score_rows
+from tp_mamba.engine.logprobs import score_rows
 from tp_mamba.engine.params import SamplingParams
+from tp_mamba.engine.token_logprob import TokenLogprob, described
 from tp_mamba.model import MambaForCausalLM
 from tp_mamba.parallel.group import TensorParallel
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tp_mamba.engine.logprobs import TokenLogprob
 from tp_mamba.engine.request import FinishReason, TokenEvent
+from tp_mamba.engine.token_logprob import TokenLogprob
 
 
 @dataclass(slots=True)

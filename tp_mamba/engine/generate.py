@@ -15,11 +15,11 @@ from tp_mamba.engine.collected import Collected
 from tp_mamba.engine.engine import Engine
 from tp_mamba.engine.graphs import CaptureReport
 from tp_mamba.engine.intake import Prompts, params_of, rows_of
-from tp_mamba.engine.logprobs import TokenLogprob
 from tp_mamba.engine.memory import MEMORY_FRACTION
 from tp_mamba.engine.model import Model
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.request import FinishReason, TokenEvent
+from tp_mamba.engine.token_logprob import TokenLogprob
 from tp_mamba.options import CacheConfig
 from tp_mamba.parallel.turns import hold
 

@@ -12,25 +12,11 @@ Letters: ``B`` rows, ``V`` vocabulary, ``W`` columns of a rank, ``n`` ranks, ``k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 
 from tp_mamba.engine.cut_vocabulary import CutVocabulary
 
 _ID_BITS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """How likely the token at one place was."""
-
-    token_id: int
-    logprob: float
-    """Natural logarithm of its probability."""
-    top: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens there, likeliest first: each with the logarithm of its probability."""
 
 
 def score_rows(
@@ -76,13 +62,6 @@ def score_rows(
     values, ids = _logits_and_ids(keys)
     logprobs = (torch.cat([own, values.double()], dim=1) - norm).float()
     return torch.cat([logprobs.double(), ids.double()], dim=1)
-
-
-def described(scores: Sequence[float], token: int, top: int) -> TokenLogprob:
-    """A row of :func:`score_rows` about ``token``, with the first ``top`` of its list."""
-    listed = len(scores) // 2
-    pairs = zip(scores[1 + listed : 1 + listed + top], scores[1 : 1 + top], strict=False)
-    return TokenLogprob(token, scores[0], tuple((int(id_), logprob) for id_, logprob in pairs))
 
 
 def _beyond(logits: torch.Tensor, columns: int) -> torch.Tensor:

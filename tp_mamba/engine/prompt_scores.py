@@ -12,10 +12,11 @@ import torch
 from tp_mamba.batch import copy_to_device
 from tp_mamba.engine.buffers import to_host
 from tp_mamba.engine.cut_vocabulary import CutVocabulary
-from tp_mamba.engine.logprobs import TokenLogprob, described, score_rows
+from tp_mamba.engine.logprobs import score_rows
 from tp_mamba.engine.model import Model, cuts_logits
 from tp_mamba.engine.request import Request
 from tp_mamba.engine.scheduler import Schedule
+from tp_mamba.engine.token_logprob import TokenLogprob, described
 
 ROWS = 128
 """Tokens whose logits are in memory at a time, whatever the prompts' lengths."""

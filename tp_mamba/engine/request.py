@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Literal
 
-from tp_mamba.engine.logprobs import TokenLogprob
 from tp_mamba.engine.params import SamplingParams
+from tp_mamba.engine.token_logprob import TokenLogprob
 from tp_mamba.engine.uniforms import UniformStream
 from tp_mamba.text.detokenizer import Detokenizer
 from tp_mamba.text.stop_strings import StopStrings

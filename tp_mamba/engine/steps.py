@@ -14,7 +14,6 @@ from tp_mamba.engine.choice import NOT_FINITE
 from tp_mamba.engine.cut_vocabulary import CutVocabulary
 from tp_mamba.engine.graphs import CaptureReport, CudaCapture
 from tp_mamba.engine.ladder import Ladder
-from tp_mamba.engine.logprobs import described
 from tp_mamba.engine.model import Cache, Model
 from tp_mamba.engine.prompt_scores import Asked, PromptScorer, PromptScores
 from tp_mamba.engine.request import Request, TokenEvent
@@ -23,6 +22,7 @@ from tp_mamba.engine.room import Room
 from tp_mamba.engine.runner import Runner
 from tp_mamba.engine.sampler import Sampler
 from tp_mamba.engine.scheduler import Schedule, Scheduler
+from tp_mamba.engine.token_logprob import described
 
 
 @dataclass(frozen=True, slots=True)
