@@ -25,7 +25,7 @@ demo: $(VENV)/.installed  ## generate Shakespeare from the trained example model
 	  --temperature 0.8 --top-p 0.95 --seed 1
 
 test: $(VENV)/.installed-dev  ## run every test; those for GPUs are skipped where there is none
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.installed-dev  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

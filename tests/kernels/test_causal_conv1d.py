@@ -61,14 +61,13 @@ def test_packed_batch(where: str, dtype: torch.dtype, K: int) -> None:
     for bias, activation, pad in (
         (True, "silu", -1),
         (False, None, 0),
-        (True, None, -1),
-        (False, "swish", 0),
+        *([(True, None, -1), (False, "swish", 0)] if dtype == torch.float32 else []),
     ):
         run_on(where, check_packed, dtype, K, bias, activation, pad)
 
 
 def check_cuts(device: str, dtype: torch.dtype) -> None:
-    """Cut everywhere, and token by token through the update: the same as whole."""
+    """Cut everywhere (in float32), and token by token through the update: the same as whole."""
     D, K, L = 24, 4, 40
     x = token_major(L, D, dtype, device)
     weight, bias = weights(D, K, True, dtype, device)
@@ -93,7 +92,7 @@ def check_cuts(device: str, dtype: torch.dtype) -> None:
     whole = piece(x, whole_states, False)
     alone = causal_conv1d_fn(x.unsqueeze(0), weight, bias, activation="silu")
     assert_same(whole, alone[0])
-    for cut in range(L + 1):
+    for cut in range(0, L + 1, 1 if dtype == torch.float32 else 5):
         cut_states = states()
         first = piece(x[:, :cut], cut_states, False)
         second = piece(x[:, cut:], cut_states, cut > 0)
@@ -151,7 +150,7 @@ def check_dense(device: str, dtype: torch.dtype, L: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("where", EVERYWHERE)
 def test_dense_batch_as_in_causal_conv1d(where: str, dtype: torch.dtype) -> None:
-    for L in (0, 1, 3, 4, 67) if dtype == torch.float32 else (2, 67):
+    for L in (0, 1, 3, 4, 67) if dtype == torch.float32 or where == "cuda" else (2, 9):
         run_on(where, check_dense, dtype, L)
 
 

@@ -27,7 +27,7 @@ from tp_mamba.kernels.selective_scan import selective_scan_fn
 from tp_mamba.kernels.selective_scan.launch import LaunchPlan, mixer_plan
 from tp_mamba.kernels.selective_scan.reference import selective_scan_reference
 
-LENGTHS = [11, 0, 1, 17, 8]
+LENGTHS = [11, 0, 1, 8]
 MIXER, GENERAL = "mixer", "general"
 
 
@@ -178,8 +178,8 @@ def test_bits_do_not_depend_on_the_launch(
     device: torch.device, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The general kernel, then launches of the other, with a last block of channels that is not full."""
-    inputs = to(packed(40, 16, [7, 19], torch.bfloat16, seed=k), device)
-    mine = all_rows([7, 19], k)
+    inputs = to(packed(40, 16, [5, 17], torch.bfloat16, seed=k), device)
+    mine = all_rows([5, 17], k)
     with monkeypatch.context() as patch:
         only(GENERAL, patch)
         first = selective_scan_fn(**own(inputs), save_states_every=k)
