@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import ROOT
 from benchmarks.environment import describe
-from benchmarks.inputs import decay_rates, normal, time_step_bias
+from benchmarks.inputs import OUT_PROJ_SHARE, decay_rates, normal, time_step_bias
 from benchmarks.served import Served, rows_of
 from benchmarks.steps import StepClock, table_of
 from tp_mamba.config import MambaConfig
@@ -167,6 +167,7 @@ def randomize(model: MambaForCausalLM, generator: torch.Generator) -> None:
             value = normal(generator, *p.shape, mean=1.0, std=0.3, dtype=torch.float32)
         else:
             std = 1.0 if "embeddings" in name else 1.2 * p.shape[-1] ** -0.5
+            std *= OUT_PROJ_SHARE if "out_proj" in name else 1
             value = normal(generator, *p.shape, std=std, dtype=p.dtype)
         p.copy_(value)
 

@@ -66,10 +66,15 @@ def test_ten_thousand_random_prompts_hit_what_a_dictionary_would(capacity: int) 
                 assert prefixes.use(tokens) == hit
                 kept[best] = kept.pop(best)
         else:
+            known = tokens in kept
             kept.pop(tokens, None)
-            kept[tokens] = None
-            if len(kept) > capacity:
+            if len(kept) == capacity:
                 del kept[next(iter(kept))]
+            if not known:  # it goes on from these
+                for count in range(1, len(tokens)):
+                    if tokens[:count] in kept:
+                        kept[tokens[:count]] = kept.pop(tokens[:count])
+            kept[tokens] = None
             _put(prefixes, cache, tokens, give=draw.random() < 0.5)
         assert cache.num_free == capacity + 1 - len(kept), "a slot was lost, or freed twice"
     found = [(tuple(tokens.tolist()), cache.states[each.slot]) for tokens, each in prefixes.snapshots()]
@@ -77,6 +82,15 @@ def test_ten_thousand_random_prompts_hit_what_a_dictionary_would(capacity: int) 
     prefixes.clear()
     assert cache.num_free == capacity + 1
     assert not prefixes._root.children, "a path to no snapshot was left in the tree"
+
+
+def test_a_beginning_outlives_what_goes_on_from_it() -> None:
+    cache = TokenCache(6)
+    prefixes = PrefixCache(cache, 5)
+    _put(prefixes, cache, (0,) * 40)
+    for last in range(1, 50):  # more ends than there is room for, none of which finds anything new
+        _put(prefixes, cache, (0,) * 40 + (last,) * 40, give=bool(last % 2))
+        assert prefixes.longest((0,) * 40 + (99,)) is not None
 
 
 def test_the_last_token_of_a_prompt_is_always_computed() -> None:

@@ -74,6 +74,8 @@ class _Node:
 class PrefixCache:
     """At most ``capacity`` snapshots, the least recently used of which makes room for the next.
 
+    Used is what a prompt begins with, and what a state that is kept anew goes on from.
+
     It decides by the tokens alone, so ranks that make the same calls in the same order keep the same snapshots in the
     same slots.
 
@@ -222,6 +224,10 @@ class PrefixCache:
     def _keep(self, tokens: Sequence[int], slot: int) -> None:
         node = self._insert(np.asarray(tokens, np.int64))
         node.snapshot = Snapshot(node.depth, slot)
+        # What it goes on from counts as used too, so that no beginning is given up before what goes on from it.
+        for before in self._path(node.tokens())[0]:
+            if before.snapshot is not None and before is not node:
+                self._used.move_to_end(before)
         self._used[node] = None
 
     def _insert(self, tokens: np.ndarray) -> _Node:
