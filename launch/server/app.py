@@ -226,7 +226,7 @@ async def _tell_bug(_: Request, error: Exception) -> Response:
 
 
 class _Counted:
-    """Counts answers by status."""
+    """Counts answers by status, and those on their way."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -237,7 +237,11 @@ class _Counted:
                 self._metrics.answers[message["status"]] += 1
             await send(message)
 
-        await self._app(scope, receive, counting)
+        self._metrics.connections += 1
+        try:
+            await self._app(scope, receive, counting)
+        finally:
+            self._metrics.connections -= 1
 
 
 def _valid(make: Callable[[], Any], param: str | None) -> Any:

@@ -46,6 +46,11 @@ class Protocol(H11Protocol):
         elif self._deadline is None and self.conn.trailing_data[0]:
             self._expect_head()
 
+    def eof_received(self) -> None:
+        """The sender has ended, perhaps in the middle of a request: who still listens is told."""
+        if self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.SEND_RESPONSE:
+            self._refuse(400, "the connection was closed before the body was complete: send all of it")
+
     def send_400_response(self, msg: str) -> None:
         """The answer to what is no HTTP."""
         self._refuse(400, "the request is not HTTP/1.1 that can be read: send it again")

@@ -40,7 +40,7 @@ class Metrics:
     """The numbers of one server; whoever knows one sets it, on the loop's thread."""
 
     def __init__(self) -> None:
-        self.running = self.waiting = self.slots = self.open = 0
+        self.running = self.waiting = self.slots = self.open = self.connections = 0
         self.prompt_tokens = self.new_tokens = self.reused_tokens = 0
         self.finished: Counter[str] = Counter()
         """Texts by the reason of their end, ``"abort"`` where nobody wanted the rest."""
@@ -59,6 +59,11 @@ class Metrics:
             ("requests_running", "Requests that have a state slot.", self.running),
             ("requests_waiting", "Requests that wait for a state slot.", self.waiting),
             ("requests_open", "Requests whose answers are not finished.", self.open),
+            (
+                "http_requests_open",
+                "HTTP requests that are being answered, this one included.",
+                self.connections,
+            ),
             ("state_slots", "Sequences that run at a time.", self.slots),
         )
         for name, text, value in gauges:
