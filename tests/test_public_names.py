@@ -37,10 +37,12 @@ def test_a_model_that_is_loaded_imports_no_compiler() -> None:
         import torch
         from tp_mamba.config import MambaConfig
         from tp_mamba.model import MambaForCausalLM
+        from tp_mamba.models.activations import activation_bytes_per_token
         sizes = {"model_type": "mamba", "hidden_size": 4, "num_hidden_layers": 1, "vocab_size": 9}
         model = MambaForCausalLM(MambaConfig.from_dict(sizes))
         model(torch.arange(3)[None])
-        assert model.activation_bytes_per_token
+        assert activation_bytes_per_token(model.config, 1, torch.float32)
+        assert activation_bytes_per_token(model.config, 2, torch.float32)
         sys.exit(bool({"torch._dynamo", "triton"} & set(sys.modules)))
     """
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

@@ -17,6 +17,7 @@ from tp_mamba.models.base import CausalLM
 from tp_mamba.models.config import MambaConfig
 from tp_mamba.parallel.communicate import counted
 from tp_mamba.parallel.group import TensorParallel
+from tp_mamba.parallel.partial import Partial
 
 _TOKENS = 1024
 """Long enough for what does not grow with the tokens to count little."""
@@ -76,6 +77,9 @@ def activation_bytes_per_token(config: MambaConfig, n: int, dtype: torch.dtype) 
     """
     config = replace(config, num_hidden_layers=min(config.num_hidden_layers, _LAYERS))
     copy = CausalLM(config, TensorParallel.virtual(0, n), dtype, "meta")
+    # Stands in for the lookup: for its arithmetic on ids of the meta device torch would import its compiler.
+    embedded = torch.empty(_TOKENS, config.hidden_size, dtype=dtype, device="meta")
+    copy.backbone.embeddings.partial = lambda ids: Partial(embedded.clone(), copy.tp)  # type: ignore[method-assign]
     ids = torch.zeros(_TOKENS, dtype=torch.int64, device="meta")
     try:
         with counted(copy.tp), PeakMemory() as memory:
