@@ -30,7 +30,7 @@ from tp_mamba.launch.ranks.start import leave_in_time, make_tensor_parallel, res
 if TYPE_CHECKING:
     from tp_mamba.parallel.group import TensorParallel
 
-VERBS = ("generate", "serve", "train", "export", "verify", "plan", "info", "shard", "merge")
+VERBS = ("generate", "serve", "evaluate", "train", "export", "verify", "plan", "info", "shard", "merge")
 ONCE = frozenset({"export", "plan", "info", "shard", "merge"})
 """Verbs that compute nothing on ranks: of those that torchrun has started, rank 0 runs them alone."""
 

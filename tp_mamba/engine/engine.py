@@ -319,7 +319,8 @@ class Engine:
                     self._remove(request)
             return events
         except BaseException:
-            self._steps.forget()  # the device, or another rank, may have failed
+            if self._steps is not None:
+                self._steps.forget()  # not waited for: the device, or another rank, may have failed
             self.close()
             raise
 

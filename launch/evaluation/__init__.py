@@ -1,0 +1,1 @@
+"""Scores of a model on lm_eval's tasks, over all ranks."""
