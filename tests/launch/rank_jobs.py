@@ -17,14 +17,14 @@ from tp_mamba.launch.ranks.start import make_tensor_parallel
 from tp_mamba.parallel.group import TensorParallel
 
 
-def add_ranks(offset: int) -> tuple[int, float]:
-    """Every rank contributes its number; rank 0's result reaches the launcher."""
-    tp = TensorParallel.from_env("gloo")
-    return tp.size, float(tp.all_reduce_(torch.tensor([float(tp.rank + offset)])))
+def add_ranks(offset: int) -> tuple[int, float, int]:
+    """Every rank contributes its number; rank 0's result, and its number of threads, reach the launcher."""
+    tp = make_tensor_parallel("cpu", None)
+    return tp.size, float(tp.all_reduce_(torch.tensor([float(tp.rank + offset)]))), torch.get_num_threads()
 
 
 def count_threads() -> int:
-    """The threads of a rank on a CPU."""
+    """The threads of a process that works on a CPU."""
     make_tensor_parallel("cpu", None)
     return torch.get_num_threads()
 

@@ -22,13 +22,9 @@ from tp_mamba.launch.ranks.start import check_device, start_ranks
 HERE = Path(__file__).parent
 
 
-def test_result_of_rank_0_comes_back() -> None:
-    assert start_ranks(rank_jobs.add_ranks, 5, size=3) == (3, 5.0 + 6.0 + 7.0)
-
-
-def test_ranks_of_a_host_share_its_cores() -> None:
+def test_result_of_rank_0_comes_back_and_ranks_share_the_cores() -> None:
     cores = len(os.sched_getaffinity(0))
-    assert start_ranks(rank_jobs.count_threads, size=2) == max(1, cores // 2)
+    assert start_ranks(rank_jobs.add_ranks, 5, size=2) == (2, 5.0 + 6.0, max(1, cores // 2))
 
 
 def test_a_process_on_its_own_keeps_its_threads(one_thread: None) -> None:
