@@ -71,7 +71,6 @@ class Api:
         echoes = (
             [(one if isinstance(one, str) else self.codec.decode(one)) for one in given] if body.echo else []
         )
-        prompts = [one for one in ids for _ in range(body.choices)]
         shape = CompletionShape(
             Head(self.model, "cmpl"),
             self.texts,
@@ -81,9 +80,7 @@ class Api:
             logprobs=body.logprobs is not None,
             prompt_only=limit == 0,
         )
-        return await self._answer(
-            request, body, shape, [(one, params) for one in prompts], sum(map(len, ids))
-        )
+        return await self._answer(request, body, shape, [(one, params) for one in ids], sum(map(len, ids)))
 
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
@@ -102,7 +99,7 @@ class Api:
         top = (body.top_logprobs or 0) if body.logprobs else None
         params = self._params(body, limit, logprobs=top)
         shape = ChatShape(Head(self.model, "chatcmpl"), self.texts, logprobs=top is not None)
-        return await self._answer(request, body, shape, [(ids, params)] * body.choices, len(ids))
+        return await self._answer(request, body, shape, [(ids, params)], len(ids))
 
     async def tokenize(self, request: Request) -> dict[str, Any]:
         """The ids of a text or a conversation."""
@@ -177,12 +174,12 @@ class Api:
         prompts: list[tuple[list[int], SamplingParams]],
         prompt_tokens: int,
     ) -> Response:
-        job = self.service.admit(prompts)
+        job, choices = self.service.admit(prompts), len(prompts) * body.choices
         if not body.stream:
-            return await whole_answer(request, job, shape, len(prompts), prompt_tokens)
+            return await whole_answer(request, job, shape, choices, prompt_tokens)
         seconds = self.service.limits.request_seconds + 5
         return StreamedAnswer(
-            job, shape, len(prompts), prompt_tokens, tells_usage=body.tells_usage, seconds=seconds
+            job, shape, choices, prompt_tokens, tells_usage=body.tells_usage, seconds=seconds
         )
 
 

@@ -90,6 +90,7 @@ class Sampling(Body):
         seed = secrets.randbits(63) if self.seed is None else self.seed % _UNSIGNED
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
+            n=self.choices,
             max_new_tokens=max_new_tokens,
             temperature=_or(self.temperature, 1.0),
             top_k=max(0, _or(self.top_k, 0)),

@@ -127,19 +127,19 @@ class Service:
             raise ApiError(503, self.reason, code="unavailable", headers={"Retry-After": "30"})
 
     def admit(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]]) -> Job:
-        """Have the engine continue ``prompts``, all or none; their numbers are the choices.
+        """Have the engine continue ``prompts``, all or none; their texts in order are the choices.
 
         Raises:
             ApiError: 400 for more than ever fit, 429 for more than fit now, 503 when nothing is served.
         """
         self.check()
-        capacity = self.slots + self.limits.max_queue
-        if len(prompts) > capacity:
+        capacity, texts = self.slots + self.limits.max_queue, sum(params.n for _, params in prompts)
+        if texts > capacity:
             raise refused(
-                f"the request asks for {len(prompts)} texts, the server holds {capacity} at most: divide it up"
+                f"the request asks for {texts} texts, the server holds {capacity} at most: divide it up"
             )
-        if len(self._texts) + len(prompts) > capacity:
-            seconds = self._wait_for(len(self._texts) + len(prompts) - capacity)
+        if len(self._texts) + texts > capacity:
+            seconds = self._wait_for(len(self._texts) + texts - capacity)
             raise ApiError(
                 429,
                 f"the server has {len(self._texts)} texts to make and holds {capacity} at most: ask again in "
@@ -148,13 +148,16 @@ class Service:
                 headers={"Retry-After": str(seconds)},
             )
         job = Job(self._drop)
-        for choice, (prompt, params) in enumerate(prompts):
-            key = self._next
-            self._next += 1
-            self._texts[key] = _Text(job, choice)
-            job.keys.add(key)
+        choice = 0
+        for position, (prompt, params) in enumerate(prompts):
+            keys = range(self._next, self._next + params.n)
+            self._next += params.n
+            for key in keys:
+                self._texts[key] = _Text(job, choice)
+                choice += 1
+            job.keys.update(keys)
             self.metrics.prompt_tokens += len(prompt)
-            self.give(Add(key, prompt, params, choice))
+            self.give(Add(keys, prompt, params, position))
         self.jobs.add(job)
         self._count()
         limit = self.limits.request_seconds

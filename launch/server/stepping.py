@@ -18,10 +18,10 @@ SIGN_OF_LIFE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """Continue a prompt, which was checked."""
+    """Continue a prompt, which was checked, as often as ``params.n`` says."""
 
-    key: int
-    """The asker's name for it; events come under this."""
+    keys: Sequence[int]
+    """The asker's names for its texts, one for each; events come under these."""
     prompt: Sequence[int]
     params: SamplingParams
     position: int
@@ -140,9 +140,10 @@ class EngineThread(threading.Thread):
         try:
             index = leader.add_request(command.prompt, command.params, position=command.position)
         except ValueError as error:
-            batch.events.append((command.key, Refusal(str(error))))
+            batch.events.append((command.keys[0], Refusal(str(error))))
             return
-        self._keys[index], self._indices[command.key] = command.key, index
+        for at, key in enumerate(command.keys, index):
+            self._keys[at], self._indices[key] = key, at
 
     def _take(self, *, wait: bool) -> list[Add | Abort | Stop]:
         """All commands there are; with ``wait`` at least one, unless none comes for :data:`SIGN_OF_LIFE_S`."""

@@ -46,6 +46,12 @@ def server(request: pytest.FixtureRequest, servers: Servers) -> ServerProcess:
     return servers(request.param)
 
 
+@pytest.fixture
+def server_of_one(servers: Servers) -> ServerProcess:
+    """A server over one rank."""
+    return servers(1)
+
+
 @pytest.fixture(scope="session")
 def oracle(chat_model: Path) -> Iterator[Oracle]:
     """The model in this process, computing as a rank does."""

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import IO
 
@@ -39,7 +40,7 @@ class ServerProcess:
         if key is not None:
             environment["TP_MAMBA_API_KEY"] = key
         self.size, self.key = size, key
-        self.log = (folder.parent / f"server-{size}-{os.getpid()}-{id(self)}.log").open("w+")
+        self.log = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115  (for as long as the server lives)
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

@@ -9,11 +9,12 @@ import time
 
 import httpx
 import openai
+from load import ask_for
 from malformed import answer, wrong_requests
 from server_process import MODEL, TIMEOUT_S, Oracle, ServerProcess
 
 PROMPTS = ("First Citizen:\n", "KING", "The sea", "O, ", "What", "My lord, I", "JULIET:\nHow", "a")
-LONGEST = 24
+LONGEST = 16
 WORK = ("requests_open", "requests_running", "requests_waiting", "http_requests_open")
 
 
@@ -68,7 +69,7 @@ def test_streams_of_which_a_quarter_is_left(servers: object, oracle: Oracle) -> 
                 leaves = number % 4 == 0
                 tokens = LONGEST if leaves else rng.randrange(1, LONGEST)
                 group.create_task(
-                    ask(client, rng.choice(PROMPTS), tokens, rng.randrange(1, 12) if leaves else None)
+                    ask(client, rng.choice(PROMPTS), tokens, rng.randrange(1, 8) if leaves else None)
                 )
 
     asyncio.run(everybody())
@@ -86,11 +87,11 @@ def test_streams_of_which_a_quarter_is_left(servers: object, oracle: Oracle) -> 
 def test_nonsense_beside_a_stream(servers: object, oracle: Oracle) -> None:
     server: ServerProcess = servers(1)  # type: ignore[operator]
     assert server.key is not None
-    wanted = oracle.text("KING", 300, ignore_eos=True)
+    wanted = oracle.text("KING", 150, ignore_eos=True)
     stream = server.openai().completions.create(
         model=MODEL,
         prompt="KING",
-        max_tokens=300,
+        max_tokens=150,
         temperature=0,
         stream=True,
         extra_body={"ignore_eos": True},
@@ -103,4 +104,13 @@ def test_nonsense_beside_a_stream(servers: object, oracle: Oracle) -> None:
     pieces += [chunk.choices[0].text for chunk in stream]
     assert "".join(pieces) == wanted
     assert server.errors() == ""
+    wait_until_idle(server)
+
+
+def test_sustained_load(servers: object) -> None:
+    server: ServerProcess = servers(2)  # type: ignore[operator]
+    tokens, found, _ = asyncio.run(ask_for(server.url, server.headers, seconds=1, clients=16))
+    assert set(found) == {"finished"}
+    assert found["finished"] >= 16
+    assert tokens >= 8 * found["finished"]
     wait_until_idle(server)
