@@ -29,6 +29,10 @@ MAX_RANKS = 8
 """GPUs of one host that reach one another's memory."""
 
 
+ROWS_BYTES = 80 << 20
+"""Most bytes of a large sum that goes by shares of rows (``shares.py``): 8192 rows of 4096 in 16 bits, and some."""
+
+
 def cells(size: int) -> int:
     """Cells of one round: one per rank, and for more than two ranks as many again for finished sums."""
     return size if size == 2 else 2 * size
@@ -42,3 +46,8 @@ def most_programs(size: int, sm_count: int) -> int:
 def inbox_bytes(size: int, programs: int) -> int:
     """Size of a rank's inbox: 32 MiB for two ranks with all programs, 64 MiB for four, 128 MiB for eight."""
     return programs * WINDOW * cells(size) * CELL_BYTES
+
+
+def terms_bytes(size: int) -> int:
+    """Room at one rank for the other ranks' terms of its share of such a sum."""
+    return ROWS_BYTES // size // 16 * 16 * (size - 1)

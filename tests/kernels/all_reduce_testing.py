@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 
 from tp_mamba.kernels.all_reduce import Exchange
 from tp_mamba.kernels.all_reduce.layout import inbox_bytes
+from tp_mamba.kernels.all_reduce.shares import Shares
 
 PROGRAMS = 2
 
@@ -105,6 +106,7 @@ def run_ranks(
     seed: int | None = None,
     programs: int = PROGRAMS,
     round_: int = 0,
+    room: int | None = None,
 ) -> list[Any]:
     """``function(exchange, schedule, *args)`` as every rank of ``size``; their results in rank order.
 
@@ -112,6 +114,7 @@ def run_ranks(
 
     Args:
         round_: the round, modulo the window, that all programs begin with.
+        room: bytes of a large sum; ``function`` is given :class:`Shares` of so many instead of an exchange.
 
     Raises:
         AssertionError: a rank failed, ranks wait for one another, a block was sent onto one that was not taken yet,
@@ -119,18 +122,19 @@ def run_ranks(
     """
     from triton.runtime import interpreter
 
-    inboxes = [torch.full((inbox_bytes(size, programs),), 255, dtype=torch.uint8) for _ in range(size)]
-    peers = torch.tensor([inbox.data_ptr() for inbox in inboxes])
+    if room is None:
+        inboxes, memory = _exchanges(size, programs, round_)
+    else:
+        inboxes, memory = _shares(size, room, round_)
     schedule = Schedule(size, seed, interpreter.interpreter_builder)
     results: list[Any] = [None] * size
 
     def run(rank: int) -> None:
-        exchange = Exchange(rank, peers, torch.full((programs,), round_, dtype=torch.int32))
         schedule.begin(rank)
         failure = None
         try:
             with torch.no_grad():
-                results[rank] = function(exchange, schedule, *args)
+                results[rank] = function(memory[rank], schedule, *args)
         except BaseException:
             failure = f"rank {rank}: {traceback.format_exc()}"
         schedule.end(rank, failure)
@@ -145,6 +149,28 @@ def run_ranks(
     assert schedule.failure is None, schedule.failure
     assert all(bool((inbox == 255).all()) for inbox in inboxes), "not all marks were put back"
     return results
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.tensor([tensor.data_ptr() for tensor in tensors])
+
+
+def _exchanges(size: int, programs: int, round_: int) -> tuple[list[torch.Tensor], list[Exchange]]:
+    """Inboxes of all ranks, and what each rank holds of them."""
+    inboxes = [torch.full((inbox_bytes(size, programs),), 255, dtype=torch.uint8) for _ in range(size)]
+    rounds = [torch.full((programs,), round_, dtype=torch.int32) for _ in range(size)]
+    return inboxes, [Exchange(rank, _addresses(inboxes), rounds[rank]) for rank in range(size)]
+
+
+def _shares(size: int, room: int, round_: int) -> tuple[list[torch.Tensor], list[Shares]]:
+    """The same for large sums of up to ``room`` bytes."""
+    terms, rows = (
+        tuple(torch.empty(nbytes, dtype=torch.uint8) for _ in range(size)) for nbytes in (size * room, room)
+    )
+    terms_inboxes, terms_sent = _exchanges(size, 1, round_)
+    rows_inboxes, rows_sent = _exchanges(size, 1, round_)
+    held = zip(terms_sent, rows_sent, strict=True)
+    return terms_inboxes + rows_inboxes, [Shares(terms, rows, *words) for words in held]
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from kernel_testing import Launches, compile_as_launched, registers, specializat
 from ptx_testing import _instructions
 
 from tp_mamba.kernels import all_reduce as op
-from tp_mamba.kernels.all_reduce import Exchange, launch
+from tp_mamba.kernels.all_reduce import Exchange, launch, shares
 from tp_mamba.kernels.all_reduce.layout import CELL_BYTES, PROGRAMS, cells, inbox_bytes, most_programs
+from tp_mamba.kernels.all_reduce.shares import Shares
 from tp_mamba.kernels.rms_norm import add_rms_norm
 from tp_mamba.kernels.split_dt_bc import split_dt_bc
 
@@ -25,6 +26,7 @@ KERNELS = {
     "any": ("_one_way_kernel", "_two_ways_kernel"),
     "norm": ("_all_reduce_add_rms_norm_kernel",),
     "split": ("_all_reduce_split_kernel",),
+    "rows": ("_add_shares_kernel", "_words_kernel"),
 }
 
 
@@ -159,6 +161,59 @@ def test_rows_of_a_norm_lie_on_threads_as_in_the_norm_alone(
     ours, theirs = (
         layouts(compile_as_launched(*record(monkeypatch, call)[:2]))
         for call in (norm(2, 5, H, dtype, wide), alone)
+    )
+    assert len(ours) == 1
+    assert ours == theirs
+
+
+def shares_of(size: int) -> Shares:
+    words = [
+        Exchange(1, torch.zeros(size, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)) for _ in range(2)
+    ]
+    memory = (torch.empty(1 << 20, dtype=torch.uint8),) * size
+    return Shares(memory, memory, *words)
+
+
+def norm_of_shares(
+    size: int, H: int = 4096, dtype: torch.dtype = HALF, wide: bool = True
+) -> Callable[[], object]:
+    own, residual = torch.zeros(5, H, dtype=dtype), torch.zeros(5, H, dtype=WIDE if wide else dtype)
+    weight, kept = torch.zeros(H, dtype=dtype), WIDE if wide else dtype
+    return lambda: shares.add_shares_rms_norm(
+        own, residual, weight, EPS, 5 * size, shares_of(size), residual_dtype=kept
+    )
+
+
+@pytest.mark.pinned_toolchain
+@pytest.mark.parametrize("size", [2, 8])
+def test_large_sums_compile_for_hopper(size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kernel, recorded, _ = record(monkeypatch, norm_of_shares(size))
+    compiled = compile_as_launched(kernel, recorded)
+    assert stack_bytes(compiled, tmp_path) == 0
+    assert registers(compiled, tmp_path) <= 64, "four programs of eight warps on an SM"
+    ptx = compiled.asm["ptx"]
+    assert not re.search(r"(ld|st)\.global\.(b16|b32) ", ptx), "every access is of 16 bytes"
+
+    # A word is sent behind a fence; what comes behind the wait for one is behind a fence too.
+    for call in (shares.tell_terms_sent, shares.wait_for_rows):
+        kernel, recorded, _ = record(monkeypatch, lambda call=call: call(shares_of(size)))
+        names = [name for _, name, _ in _instructions(compile_as_launched(kernel, recorded).asm["ptx"])]
+        assert names.count("fence.acq_rel.sys") == 1
+        fence = names.index("fence.acq_rel.sys")
+        stored = [i for i, name in enumerate(names) if name.startswith("st.global")]
+        read = [i for i, name in enumerate(names) if name.startswith("ld.volatile.global")]
+        assert (stored[0] > fence and not read) or (read and max(read) < fence)
+
+
+@pytest.mark.parametrize(("H", "dtype", "wide"), [(768, WIDE, True), (4096, HALF, True), (8192, HALF, False)])
+def test_rows_of_a_large_sum_lie_on_threads_as_in_the_norm_alone(
+    H: int, dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, residual = torch.zeros(5, H, dtype=dtype), torch.zeros(5, H, dtype=WIDE if wide else dtype)
+    alone = lambda: add_rms_norm(x, residual, torch.zeros(H, dtype=dtype), EPS, residual_in_fp32=wide)  # noqa: E731
+    ours, theirs = (
+        layouts(compile_as_launched(*record(monkeypatch, call)[:2]))
+        for call in (norm_of_shares(2, H, dtype, wide), alone)
     )
     assert len(ours) == 1
     assert ours == theirs

@@ -10,6 +10,7 @@ import pytest
 import torch
 from kernel_testing import TRITON_MODULES
 
+from tp_mamba.kernels.all_reduce import Exchange, shares
 from tp_mamba.kernels.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from tp_mamba.kernels.common import launches
 from tp_mamba.kernels.common.launches import Launch, launcher
@@ -196,6 +197,15 @@ def _step(call: Callable[..., Any], *of_dt: torch.Tensor, heads: bool = False) -
     call(state, x, *of_dt, *rest, state_batch_indices=_ints(1, 0))
 
 
+def _large_sum() -> None:
+    words = [Exchange(1, torch.zeros(3, dtype=torch.int64), _ints(0)) for _ in range(2)]
+    memory = (torch.zeros(2048, dtype=torch.uint8),) * 3
+    group, residual, weight = shares.Shares(memory, memory, *words), torch.zeros(3, 32), torch.zeros(32)
+    shares.tell_terms_sent(group)
+    shares.add_shares(_half(3, 32), 8, group, bias=_half(32))
+    shares.add_shares_rms_norm(_half(3, 32), residual, weight, 1e-5, 8, group, residual_dtype=torch.float32)
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "rms_norm": lambda: rms_norm(_half(3, 32), torch.zeros(32)),
     "add_rms_norm": lambda: add_rms_norm(_half(3, 32), torch.zeros(3, 32), torch.zeros(32)),
@@ -220,6 +230,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "selective_state_update, heads": lambda: _step(selective_state_update, _half(2, 64), heads=True),
     "selective_scan_fn": lambda: _scan(False),
     "selective_scan_fn, any": lambda: _scan(True),
+    "all_reduce, shares": _large_sum,
 }  # fmt: skip
 
 
