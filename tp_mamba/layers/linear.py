@@ -12,6 +12,7 @@ changes no result.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,7 @@ from tp_mamba.layers.weights import DENSE, get_weight_kind
 from tp_mamba.parallel.collectives import gather_from_tp, scatter_to_tp
 from tp_mamba.parallel.group import TensorParallel, checked
 from tp_mamba.parallel.module import ShardedModule
-from tp_mamba.parallel.partial import Partial, Scattered, whole
+from tp_mamba.parallel.partial import Lent, Partial, Scattered, whole
 from tp_mamba.parallel.sharding import Shard, padded_size
 
 Output = torch.Tensor | tuple[torch.Tensor, nn.Parameter | None]
@@ -168,7 +169,7 @@ class ColumnParallelLinear(ParallelLinear):
 
     def forward(self, x: torch.Tensor | Scattered) -> Output:
         """``x [..., in]`` -> ``y``, or ``(y, bias)`` with ``skip_bias_add``."""
-        y = self.local_product(whole(x, self.tp))
+        y = self._product_of_lent(x) if isinstance(x, Lent) else self.local_product(whole(x, self.tp))
         if self.gather_output:
             y = self._gather(y)
         return (y, self.bias) if self.skip_bias_add else y
@@ -176,6 +177,13 @@ class ColumnParallelLinear(ParallelLinear):
     def local_product(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in]`` -> this rank's ``y_r``; the gradient of ``x`` is this rank's term, for the caller to sum."""
         return self.kind.product(self, x, None if self.skip_bias_add else self.bias)
+
+    def _product_of_lent(self, x: Lent) -> torch.Tensor:
+        """:meth:`local_product` of rows that arrive while others are multiplied."""
+        y = x.value.new_empty(x.rows, self.output_size_local)
+        for rows in x.pieces():
+            self.kind.product_into(y[rows], self, x.value[rows], None if self.skip_bias_add else self.bias)
+        return y
 
     def _gather(self, y: torch.Tensor) -> torch.Tensor:
         """Join the slices part by part, so that ``[x_r | z_r]`` of every rank becomes ``[x | z]``."""
@@ -306,7 +314,10 @@ class RowParallelLinear(ParallelLinear):
             x = scatter_to_tp(F.pad(x, (0, self.input_size_local * self.tp.size - self.input_size)), self.tp)
         bias = None if self.skip_bias_add else self.bias
         if not self.reduce_in_float32:
-            return Partial(self.kind.product(self, x), self.tp, bias)
+            if not self.reduce_results:  # nobody is to sum it
+                return Partial(self.kind.product(self, x), self.tp, bias)
+            product = functools.partial(self.kind.product, self)
+            return self.tp.communicator.begin(product, x, self.output_size, self.tp, bias)
         # A bias is added to a finished sum, which slices that a kernel adds up never are.
         slices = slices and bias is None and self.tp.communicator.takes_slices(self.tp)
         value = self.kind.wide_product(self, x, slices=slices)

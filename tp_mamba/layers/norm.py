@@ -11,7 +11,7 @@ from torch import nn
 
 from tp_mamba.kernels.rms_norm import rms_norm
 from tp_mamba.layers.init import initialize
-from tp_mamba.parallel.communicate import add_and_norm
+from tp_mamba.parallel.communicate import add_and_norm, whole_residual
 from tp_mamba.parallel.group import TensorParallel
 from tp_mamba.parallel.module import ShardedModule
 from tp_mamba.parallel.partial import Partial, Scattered
@@ -57,6 +57,7 @@ class RMSNorm(ShardedModule):
         residual: torch.Tensor | None,
         *,
         residual_in_fp32: bool = True,
+        by_rows: bool = False,
     ) -> tuple[torch.Tensor | Scattered, torch.Tensor]:
         """``(norm(x + residual), x + residual)``; the norm in ``x.dtype``, the sum in float32 if asked for.
 
@@ -65,9 +66,14 @@ class RMSNorm(ShardedModule):
                 has, for which the results are of these rows alone.
             residual: the same shape, or None before the first layer.
             residual_in_fp32: keep the running sum in float32, and norm it from there.
+            by_rows: the caller passes the first result to a layer of ours, which reads it at once, and the second to
+                the next norm: they may be lent (:class:`~tp_mamba.parallel.partial.Lent`), and this rank's rows.
         """
         if isinstance(x, Partial):
+            x.by_rows = by_rows
             return x.add_and_norm(residual, self.weight, self.eps, residual_in_fp32=residual_in_fp32)
+        if isinstance(x, torch.Tensor):
+            residual = whole_residual(residual, x, self.tp)
         return add_and_norm(x, residual, self.weight, self.eps, residual_in_fp32=residual_in_fp32)
 
     def extra_repr(self) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from tp_mamba.kernels.common.dtypes import HALVES, wide_dtype
 from tp_mamba.kernels.linear import linear, linear_partial
+from tp_mamba.kernels.linear.launch import MAX_ROWS
 from tp_mamba.layers.init import initialize
 from tp_mamba.parallel.module import ShardedModule
 from tp_mamba.parallel.sharding import Shard
@@ -65,6 +66,12 @@ class LinearWeight(ABC):
     ) -> torch.Tensor:
         """``x [..., in] @ W.T + bias`` of this rank's part of ``W``, in the dtype of ``x``."""
 
+    def product_into(
+        self, out: torch.Tensor, layer: ShardedModule, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        """:meth:`product` of ``x [M, in]``, written to ``out [M, out]``; without a gradient."""
+        out.copy_(self.product(layer, x, bias))
+
     def wide_product(self, layer: ShardedModule, x: torch.Tensor, *, slices: bool) -> torch.Tensor:
         """As :meth:`product`, but in at least float32, for a sum that is to be rounded once, when it is complete.
 
@@ -104,6 +111,14 @@ class Dense(LinearWeight):
         return linear(
             x, for_activations(_weight(layer), x), None if bias is None else for_activations(bias, x)
         )
+
+    def product_into(
+        self, out: torch.Tensor, layer: ShardedModule, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> None:
+        if bias is None and len(x) > MAX_ROWS:
+            torch.mm(x, for_activations(_weight(layer), x).t(), out=out)
+        else:
+            super().product_into(out, layer, x, bias)
 
     def wide_product(self, layer: ShardedModule, x: torch.Tensor, *, slices: bool) -> torch.Tensor:
         return linear_partial(x, for_activations(_weight(layer), x), in_float32=True, in_slices=slices)

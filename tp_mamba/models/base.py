@@ -110,7 +110,9 @@ class Backbone(nn.Module):
         h_TH, residual_TH = self.embeddings.partial(ids_T), None
         for i, block in enumerate(self.layers):
             h_TH, residual_TH = block(h_TH, residual_TH, metadata, None if cache is None else cache.layer(i))
-        normed_TH, _ = self.norm_f.add(h_TH, residual_TH, residual_in_fp32=self.residual_in_fp32)
+        normed_TH, _ = self.norm_f.add(
+            h_TH, residual_TH, residual_in_fp32=self.residual_in_fp32, by_rows=True
+        )
         return normed_TH
 
 

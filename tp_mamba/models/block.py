@@ -128,7 +128,12 @@ class MambaBlock(nn.Module):
         metadata: MambaMetadata,
         state: MambaState | None,
     ) -> tuple[Partial | torch.Tensor, torch.Tensor]:
-        normed_TH, residual_TH = self.norm.add(h_TH, residual_TH, residual_in_fp32=self.residual_in_fp32)
+        normed_TH, residual_TH = self.norm.add(
+            h_TH,
+            residual_TH,
+            residual_in_fp32=self.residual_in_fp32,
+            by_rows=isinstance(self.mixer, MambaMixer),
+        )
         mix = getattr(self.mixer, "partial", self.mixer)  # another layer in its place may finish its own sums
         return mix(normed_TH, metadata, state), residual_TH
 

@@ -7,7 +7,7 @@ transports override the two collectives, fused kernels override a way to finish 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from tp_mamba.kernels.rms_norm import add_rms_norm
 from tp_mamba.kernels.split_dt_bc import split_dt_bc
-from tp_mamba.parallel.collectives import Ranks, copy_to_tp, sum_over_tp_
+from tp_mamba.parallel.collectives import Ranks, copy_to_tp, gather_rows, sum_over_tp_
 from tp_mamba.parallel.partial import Partial, Scattered
 
 # Functions that torch 2.13 renamed, where the older names warn.
@@ -43,6 +43,13 @@ def add_and_norm(
     return Scattered(normed, x.tp, x.rows), residual
 
 
+def whole_residual(residual: torch.Tensor | None, x: torch.Tensor, tp: Ranks) -> torch.Tensor | None:
+    """``residual`` for an ``x`` whose rows are all here: gathered, where a norm before left each rank its own rows."""
+    if residual is None or x.dim() != 2 or residual.shape[0] == x.shape[0]:
+        return residual
+    return gather_rows(residual, tp, x.shape[0])
+
+
 class Communicator:
     """The collectives of ``torch.distributed``, and sums that are finished by one of them and a kernel behind it."""
 
@@ -65,6 +72,20 @@ class Communicator:
         share = x.new_empty(len(x) // tp.size, *x.shape[1:])
         _reduce_scatter_single(share, x, group=tp.process_group())
         return share
+
+    def begin(
+        self,
+        product: Callable[[torch.Tensor], torch.Tensor],
+        x: torch.Tensor,
+        columns: int,
+        tp: Ranks,
+        bias: torch.Tensor | None,
+    ) -> Partial:
+        """The Partial of ``product(x)``, rows ``[.., k]`` to ``[.., columns]``, whose rows may be computed in pieces.
+
+        A communicator may send what is there of it while the rest is computed.
+        """
+        return Partial(product(x), tp, bias)
 
     def takes_slices(self, tp: Ranks) -> bool:
         """Whether :meth:`split` adds up the slices of a Partial in its own pass.

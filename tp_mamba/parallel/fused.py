@@ -8,6 +8,9 @@ When a group sums for the first time, all its ranks, who are all there then, sha
 link, memory) they all go on with NCCL, and a warning says why, once. A graph must not be captured before that:
 :meth:`FusedCommunicator.prepare`.
 
+Large sums, those of a prompt, are sent while the products before and after are computed:
+:mod:`tp_mamba.parallel.large`.
+
 Streams: the sums of a group are in one order, the same on every rank. A sum on another stream than the one before is
 made to wait for what was put on that. A captured graph keeps the order within it; replays, and sums beside them, are to
 be ordered as the same rank orders other work, by replaying on the stream that the sums run on.
@@ -30,9 +33,12 @@ from tp_mamba.kernels.all_reduce import (
     all_reduce_add_rms_norm,
     all_reduce_split_dt_bc,
 )
+from tp_mamba.kernels.all_reduce.shares import Shares
+from tp_mamba.kernels.rms_norm import add_rms_norm
 from tp_mamba.parallel import symmetric
 from tp_mamba.parallel.collectives import Ranks
-from tp_mamba.parallel.communicate import Communicator
+from tp_mamba.parallel.communicate import Communicator, whole_residual
+from tp_mamba.parallel.large import LEAST_BYTES, LargeSums
 from tp_mamba.parallel.partial import Partial, Scattered
 from tp_mamba.parallel.self_test import failure
 
@@ -90,6 +96,7 @@ class FusedCommunicator(Communicator):
 
     def __init__(self) -> None:
         self._exchange: Exchange | None = None
+        self._large: LargeSums | None = None
         self._order: _Order | None = None
         self._device: torch.device | None = None
         self._group: dist.ProcessGroup | None = None
@@ -123,13 +130,15 @@ class FusedCommunicator(Communicator):
                 "or call tp.communicator.prepare(tp)"
             )
         group, device = tp.process_group(), torch.device("cuda", torch.cuda.current_device())
-        exchange, reason = _opened(group, device)
+        memory, reason = _opened(group, device)
         if reason is not None:
             warnings.warn(
                 f"sums over the ranks are left to NCCL, which is slower for small ones: {reason}",
                 stacklevel=2,
             )
-        self._fused, self._exchange = reason is None, exchange
+        self._fused = memory is not None
+        if memory is not None:
+            self._exchange, self._large = memory[0], LargeSums(memory[1])
         self._device, self._order, self._group = device, _Order(device), group
         return self._fused
 
@@ -156,7 +165,38 @@ class FusedCommunicator(Communicator):
         """Always: slices are added up by the kernel that sends the sum."""
         return self._fused or super().takes_slices(tp)
 
+    def begin(
+        self,
+        product: Callable[[torch.Tensor], torch.Tensor],
+        x: torch.Tensor,
+        columns: int,
+        tp: Ranks,
+        bias: torch.Tensor | None,
+    ) -> Partial:
+        plain = torch.is_grad_enabled() or x.dim() != 2 or (bias is not None and bias.dtype != x.dtype)
+        large = None if plain else self._large_for(x, len(x), columns, tp)
+        if large is None:
+            return super().begin(product, x, columns, tp, bias)
+        return large.begin(product, x, tp, bias)
+
+    def _large_for(self, x: torch.Tensor, rows: int, columns: int, tp: Ranks) -> LargeSums | None:
+        """What sums ``[rows, columns]`` in the dtype of ``x`` by shares, where that is a large sum; ordered."""
+        if rows * columns * x.dtype.itemsize < LEAST_BYTES or self._serving(x, tp) is None:
+            return None
+        large = self._large
+        return large if large is not None and large.takes(rows, columns, x.dtype) else None
+
+    def _large_of(self, partial: Partial) -> LargeSums:
+        """What ends a sum that has begun; ordered."""
+        assert partial.begun is not None
+        assert self._large is not None
+        assert self._order is not None
+        self._order.enter()
+        return self._large
+
     def sum(self, partial: Partial) -> torch.Tensor:
+        if partial.begun is not None:
+            return self._large_of(partial).sum(partial)
         if _is_tracked(partial.value, partial.bias):
             return super().sum(partial)
         x = partial.added_slices()
@@ -181,12 +221,23 @@ class FusedCommunicator(Communicator):
         residual_in_fp32: bool,
     ) -> tuple[torch.Tensor | Scattered, torch.Tensor]:
         x, bias = partial.value, partial.bias
-        plain = (
-            partial.sliced or _is_tracked(x, bias, residual, weight) or partial.dtype not in (None, x.dtype)
-        )
-        exchange = (
-            None if plain or (bias is not None and bias.dtype != x.dtype) else self._serving(x, partial.tp)
-        )
+        same = partial.dtype in (None, x.dtype) and (bias is None or bias.dtype == x.dtype)
+        may_begin = partial.begun is None and partial.by_rows and not torch.is_grad_enabled()
+        if may_begin and same and x.dim() == 2:
+            large = self._large_for(x, len(x), x.shape[1], partial.tp)
+            partial = partial if large is None else large.begun(partial)
+        if partial.begun is not None:
+            if partial.by_rows:
+                residual_dtype = torch.float32 if residual_in_fp32 else x.dtype
+                return self._large_of(partial).add_and_norm(
+                    partial, residual, weight, eps, residual_dtype=residual_dtype
+                )
+            total = self.sum(partial)
+            residual = whole_residual(residual, total, partial.tp)
+            return add_rms_norm(total, residual, weight, eps, residual_in_fp32=residual_in_fp32)
+        residual = whole_residual(residual, x, partial.tp)
+        plain = partial.sliced or not same or _is_tracked(x, bias, residual, weight)
+        exchange = None if plain else self._serving(x, partial.tp)
         if exchange is None:
             return super().add_and_norm(partial, residual, weight, eps, residual_in_fp32=residual_in_fp32)
         return all_reduce_add_rms_norm(
@@ -224,22 +275,24 @@ def _is_tracked(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _opened(group: dist.ProcessGroup, device: torch.device) -> tuple[Exchange | None, str | None]:
+def _opened(
+    group: dist.ProcessGroup, device: torch.device
+) -> tuple[tuple[Exchange, Shares] | None, str | None]:
     """Memory that all ranks share and that sums have come through, or why there is none: the same on every rank."""
     ranks = _gather(symmetric.see(device), group)
     reason = symmetric.reason_against(ranks)
     if reason is not None:
         return None, reason
-    exchange, found = None, None
+    memory, found = None, None
     try:
-        exchange = symmetric.open_exchange(group, device, min(seen.sm_count for seen in ranks))
+        memory = symmetric.open_memory(group, device, min(seen.sm_count for seen in ranks))
     except symmetric.UnreachableError as error:
         found = str(error)
     reason = _first(_gather(found, group))
-    if reason is not None or exchange is None:
+    if reason is not None or memory is None:
         return None, reason
-    reason = _first(_gather(failure(exchange, group), group))
-    return (exchange, None) if reason is None else (None, reason)
+    reason = _first(_gather(failure(*memory, group), group))
+    return (memory, None) if reason is None else (None, reason)
 
 
 def _gather(value: object, group: dist.ProcessGroup) -> list:

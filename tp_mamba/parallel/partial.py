@@ -7,7 +7,7 @@ fused all-reduce and norm is one more way to finish a :class:`Partial`, and one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,10 @@ class Partial:
     """Dtype of the finished sum; by default that of :attr:`value`."""
     sliced: bool = False
     """Whether the first dimension is one of slices, to be added in an aligned binary tree."""
+    begun: int | None = None
+    """Rows of the sum where the ranks are exchanging its terms already; :attr:`value` is then of this rank's rows."""
+    by_rows: bool = False
+    """Whether whoever finishes it by :meth:`add_and_norm` takes what that lends, and a residual of this rank's rows."""
 
     def sum(self) -> torch.Tensor:
         """The finished sum ``[..., H]``, on every rank."""
@@ -125,23 +129,49 @@ class Scattered:
         return self.value.requires_grad
 
 
+@dataclass(slots=True, eq=False)
+class Lent(Scattered):
+    """What a norm gives where each rank norms its rows and sends them: all rows, in memory that is the group's.
+
+    :attr:`value` is ``[T, H]``. It stands until the next sum of this kind, so that it is read at once, or copied; and
+    rows other than this rank's are there once they have been waited for. No gradient.
+    """
+
+    own: slice
+    """This rank's rows."""
+    wait: Callable[[], None]
+    """Has the current stream wait for the other ranks'."""
+
+    def pieces(self) -> Iterator[slice]:
+        """All rows in the order in which they can be read: at once this rank's, then the others'."""
+        yield self.own
+        self.wait()
+        for rows in (slice(0, self.own.start), slice(self.own.stop, self.rows)):
+            if rows.start < rows.stop:
+                yield rows
+
+
 def whole(x: torch.Tensor | Scattered, tp: Ranks) -> torch.Tensor:
     """``x``, replicated or divided by rows, whole on every rank for a layer that is cut over them.
 
-    Forward: identity, or all-gather. Backward: all-reduce of the layer's gradients, or reduce-scatter.
+    Forward: identity, or all-gather. Backward: all-reduce of the layer's gradients, or reduce-scatter. Rows that are
+    lent come as they are: the layer reads them before it begins a sum.
     """
+    if isinstance(x, Lent):
+        x.wait()
+        return x.value
     return gather_rows(x.value, x.tp, x.rows) if isinstance(x, Scattered) else copy_to_tp(x, tp)
 
 
 def _opened(x: Partial | Scattered) -> tuple[list[Any], Any]:
     if isinstance(x, Partial):
-        return [x.value, x.bias], (x.tp, x.dtype, x.sliced)
+        return [x.value, x.bias], (x.tp, x.dtype, x.sliced, x.begun, x.by_rows)
     return [x.value], (x.tp, x.rows)
 
 
 def _closed_partial(tensors: Iterable[Any], rest: Any) -> Partial:
-    (value, bias), (tp, dtype, sliced) = tensors, rest
-    return Partial(value, tp, bias, dtype, sliced)
+    (value, bias), (tp, *options) = tensors, rest
+    return Partial(value, tp, bias, *options)
 
 
 def _closed_scattered(tensors: Iterable[Any], rest: Any) -> Scattered:

@@ -6,13 +6,23 @@ import torch
 import torch.distributed as dist
 
 from tp_mamba.kernels.all_reduce import Exchange, all_reduce
+from tp_mamba.kernels.all_reduce.shares import (
+    Shares,
+    add_shares,
+    send_rows,
+    send_terms,
+    tell_rows_sent,
+    tell_terms_sent,
+    wait_for_rows,
+    wait_for_terms,
+)
 from tp_mamba.parallel import symmetric
 
 ROUNDS = 6
 """More than a window: the last ones go through memory that has been used before."""
 
 
-def failure(exchange: Exchange, group: dist.ProcessGroup) -> str | None:
+def failure(exchange: Exchange, shares: Shares, group: dist.ProcessGroup) -> str | None:
     """What is wrong on this rank; None where all is well. All ranks call this together.
 
     First every rank copies a word to every other one, and looks for theirs: that cannot hang, as a kernel would that
@@ -44,4 +54,18 @@ def failure(exchange: Exchange, group: dist.ProcessGroup) -> str | None:
         ]
         if not torch.equal(all_reduce(terms[rank], exchange), torch.stack(terms).sum(dim=0)):
             return "a sum over the ranks came out wrong"
+        parts = [term[: 37 * 64].view(37, 64) for term in terms]
+        for other in range(size):
+            if other != rank:
+                send_terms(parts[rank][shares.rows_of(other, 37)], other, 37, shares)
+        tell_terms_sent(shares)
+        wait_for_terms(shares)
+        total = add_shares(parts[rank][shares.rows_of(rank, 37)], 37, shares)
+        for other in range(size):
+            if other != rank:
+                send_rows(total, other, shares)
+        tell_rows_sent(shares)
+        wait_for_rows(shares)
+        if not torch.equal(total, torch.stack(parts).sum(dim=0)):
+            return "a sum by shares of rows came out wrong"
     return None

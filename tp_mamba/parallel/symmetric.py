@@ -26,7 +26,14 @@ import torch
 import torch.distributed as dist
 
 from tp_mamba.kernels.all_reduce import Exchange
-from tp_mamba.kernels.all_reduce.layout import MAX_RANKS, inbox_bytes, most_programs
+from tp_mamba.kernels.all_reduce.layout import (
+    MAX_RANKS,
+    ROWS_BYTES,
+    inbox_bytes,
+    most_programs,
+    terms_bytes,
+)
+from tp_mamba.kernels.all_reduce.shares import Shares
 from tp_mamba.kernels.common.device import device_properties
 
 _kept: list[tuple[Exchange, list[torch.Tensor], object]] = []
@@ -95,38 +102,45 @@ def _boot_id() -> str:
         return ""
 
 
-def open_exchange(group: dist.ProcessGroup, device: torch.device, sm_count: int) -> Exchange:
-    """Allocate this rank's inbox and map those of the others; every rank of ``group`` calls this together.
+def open_memory(group: dist.ProcessGroup, device: torch.device, sm_count: int) -> tuple[Exchange, Shares]:
+    """Allocate what this rank's sums pass through, and map that of the others; all ranks of ``group`` call this.
 
     Args:
         sm_count: the SMs of the least of the ranks' GPUs.
 
     Raises:
-        UnreachableError: torch cannot map them; the others may have been able to.
+        UnreachableError: torch cannot map it; the others may have been able to.
     """
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    programs = most_programs(size, sm_count)
+    words = inbox_bytes(size, 1)
+    parts = (inbox_bytes(size, programs), words, words, terms_bytes(size), ROWS_BYTES)
     try:
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        size, rank = dist.get_world_size(group), dist.get_rank(group)
-        programs = most_programs(size, sm_count)
-        inbox = symmetric_memory.empty(inbox_bytes(size, programs), dtype=torch.uint8, device=device)
-        inbox.fill_(255)
+        memory = symmetric_memory.empty(sum(parts), dtype=torch.uint8, device=device)
+        memory.fill_(255)
         torch.cuda.synchronize(device)
-        handle = symmetric_memory.rendezvous(inbox, group)
-        addresses = [int(address) for address in handle.buffer_ptrs]
-        inboxes = [handle.get_buffer(peer, (inbox.numel(),), torch.uint8) for peer in range(size)]
+        handle = symmetric_memory.rendezvous(memory, group)
+        mapped = [handle.get_buffer(peer, (memory.numel(),), torch.uint8) for peer in range(size)]
     except Exception as error:
         raise UnreachableError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-    if len(addresses) != size or not all(addresses) or handle.rank != rank:
+    if len(mapped) != size or not all(whole.data_ptr() for whole in mapped) or handle.rank != rank:
         raise UnreachableError("torch mapped no memory of some rank")
-    exchange = Exchange(
-        rank,
-        torch.tensor(addresses, dtype=torch.int64, device=device),
-        torch.zeros(programs, dtype=torch.int32, device=device),
-    )
-    _kept.append((exchange, inboxes, (inbox, handle)))
-    return exchange
+    inboxes, terms_sent, rows_sent, terms, rows = zip(*(whole.split(parts) for whole in mapped), strict=True)
+
+    def exchange(inboxes: Sequence[torch.Tensor], programs: int) -> Exchange:
+        return Exchange(rank, _addresses(inboxes), torch.zeros(programs, dtype=torch.int32, device=device))
+
+    opened = exchange(inboxes, programs)
+    shares = Shares(terms, rows, exchange(terms_sent, 1), exchange(rows_sent, 1))
+    _kept.append((opened, list(inboxes), (memory, mapped, handle)))
+    return opened, shares
+
+
+def _addresses(mapped: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.tensor([each.data_ptr() for each in mapped], dtype=torch.int64, device=mapped[0].device)
 
 
 def inboxes_of(exchange: Exchange) -> list[torch.Tensor]:
