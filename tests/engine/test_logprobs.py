@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -151,6 +153,39 @@ def test_a_model_over_ranks(ranks, tmp_path: Path) -> None:
             assert _close(event.logprob, wanted.logprob)
             for found, also in zip(event.prompt_logprobs or (), wanted.prompt_logprobs or (), strict=True):
                 assert _close(found, also)
+
+
+def test_beside_steps_that_are_padded_and_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Repeated:
+        """Stands for a captured step: runs it anew."""
+
+        made = 0
+
+        def __init__(self, device: torch.device) -> None: ...
+
+        def __call__(self, run: Callable[[], object]) -> Callable[[], object]:
+            Repeated.made += 1
+            return run
+
+    monkeypatch.setattr("tp_mamba.engine.steps.CudaCapture", Repeated)
+    save_case("mamba", tmp_path)
+    model, found = MambaForCausalLM.from_pretrained(tmp_path), []
+    params = SamplingParams(max_new_tokens=12, logprobs=2, n=2, frequency_penalty=0.4, min_tokens=3)
+    scored = SamplingParams(max_new_tokens=3, logprobs=1, prompt_logprobs=1)
+    for capturing in (False, True):
+        with Engine(model, max_batch_size=4, max_prefill_tokens=16, overlap=True, check_steps=True) as engine:
+            engine._capturing = capturing
+            engine.add_request(list(range(40)), params)
+            events = [event for _ in range(6) for event in engine.step()]
+            engine.add_request(list(range(20, 45)), scored)
+            found.append(sorted([*events, *chain(*drain(engine).values())], key=lambda event: event.index))
+    assert Repeated.made > 1
+    for event, wanted in zip(*found, strict=True):
+        assert (event.index, event.token_id) == (wanted.index, wanted.token_id)
+        assert _close(event.logprob, wanted.logprob)
+        for one, other in zip(event.prompt_logprobs or (), wanted.prompt_logprobs or (), strict=True):
+            assert _close(one, other)
+    assert sum(event.prompt_logprobs is not None for event in found[1]) == 1
 
 
 def _close(found: TokenLogprob | None, wanted: TokenLogprob | None) -> bool:

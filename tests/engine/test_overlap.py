@@ -253,7 +253,7 @@ def sampling_fails(model: ToyModel, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def text_fails(model: ToyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def accept(self: object, token: int) -> TokenEvent:
+    def accept(self: object, token: int, logprob: object) -> TokenEvent:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tp_mamba.engine.request.Request.accept", accept)

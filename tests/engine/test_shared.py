@@ -93,8 +93,9 @@ def test_many_at_random_with_few_slots(overlap: bool, keeps: bool) -> None:
         assert not model.caches[0].used
 
 
-def test_no_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match="n=0 makes nothing"):
-        SamplingParams(n=0)
+def test_no_samples_and_too_many_are_refused() -> None:
+    for n in (0, 129):
+        with pytest.raises(ValueError, match=f"n={n} is out of range: ask for 1 to 128 samples"):
+            SamplingParams(n=n)
     with Engine(ToyModel()) as engine, pytest.raises(ValueError, match="the list of prompts is empty"):
         engine.add_alike([])

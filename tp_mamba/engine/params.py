@@ -14,6 +14,9 @@ MAX_BIAS = 100.0
 MAX_LOGPROBS = 20
 """Likeliest tokens that are listed at one place; vLLM's default limit, and OpenAI's for chats."""
 
+MAX_SAMPLES = 128
+"""Largest ``n``, as in OpenAI's interface."""
+
 _MIN_TEMPERATURE = 1e-6  # below it the quotient of two logits leaves what a float can tell apart
 
 _INTEGERS = (
@@ -127,8 +130,8 @@ class SamplingParams:
                     f"{name}={asked} is out of range: list 0 to {MAX_LOGPROBS} of the likeliest tokens, or None for no "
                     "logprobs at all"
                 )
-        if self.n < 1:
-            raise ValueError(f"n={self.n} makes nothing: ask for at least 1 sample")
+        if not 1 <= self.n <= MAX_SAMPLES:
+            raise ValueError(f"n={self.n} is out of range: ask for 1 to {MAX_SAMPLES} samples of a prompt")
         if self.prompt_logprobs_start < 0:
             raise ValueError(
                 f"prompt_logprobs_start={self.prompt_logprobs_start} is negative: it counts from the first token"
