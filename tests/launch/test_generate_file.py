@@ -249,7 +249,11 @@ def test_results_carry_the_logprobs_that_a_line_asks_for(sample: Path, tmp_path:
 
 
 def test_a_line_may_ask_for_samples(sample: Path, tmp_path: Path) -> None:
-    line = {"prompt_token_ids": list(range(40)), "max_new_tokens": 4, "temperature": 30.0}
+    line = {
+        "prompt_token_ids": list(range(40)),
+        "max_new_tokens": 4,
+        "temperature": 1e5,
+    }  # its logits lie far apart
     lines = [{**line, "n": 3}, line]
     (tmp_path / "in").write_text("".join(json.dumps(each) + "\n" for each in lines))
     assert cli.main(file_arguments(sample, tmp_path / "in", tmp_path / "out")) == 0
