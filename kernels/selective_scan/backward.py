@@ -1,8 +1,9 @@
 """The backward of the selective scan in Triton: which kernel serves a call.
 
 For the time of a call it takes, beside the gradients: for partial sums of dB and dC ``8 N`` bytes per token and block
-of channels (4 bytes per token and channel at N = 16 and blocks of 32), for those of dA, dD and d(bias) ``4 (N + 2)``
-bytes per sequence and channel, and for states within a stretch ``4 N * groups`` bytes per sequence and channel.
+of channels (4 bytes per token and channel at N = 16 and blocks of 32); and per segment of 512 tokens, begun ones
+included, and channel ``4 (N + 2)`` bytes for those of dA, dD and d(bias), ``4 N * groups`` for states within a stretch,
+and ``4 (N + 1)`` for what segments hand to the one before them.
 """
 
 from __future__ import annotations

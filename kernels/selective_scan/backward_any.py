@@ -268,7 +268,7 @@ def launch(call: ScanBackward, grads: ScanGradients) -> tuple[torch.Tensor, torc
     """Launch the kernel over (sequences, blocks of channels): ``dbc`` and ``sums``, partial sums to be added up."""
     (channels, n), groups = call.A.shape, call.B.shape[-3]
     plan = any_backward_plan(call.sequences, channels, n, groups, call.save_every)
-    scratch, dbc, sums = memory(call, plan.groups + plan.steps, plan.blocks)
+    scratch, dbc, sums = memory(call, call.sequences, plan.groups + plan.steps, plan.blocks)
     packed = call.query_start_loc is not None
     tensors = (call.grad_out, call.u, call.delta, call.z, grads.u, grads.delta, grads.z)
     selective_scan_backward_any_kernel[plan.grid](

@@ -7,15 +7,20 @@ import torch
 from tp_mamba.kernels.selective_scan.arguments import ScanBackward, ScanGradients
 
 
-def memory(call: ScanBackward, rows: int, blocks: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(scratch [S, rows, N, D], dbc [blocks, tokens, G, 2, N], sums [S, N + 2, D])``, float32."""
+def memory(
+    call: ScanBackward, parts: int, rows: int, blocks: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(scratch [parts, rows, N, D], dbc [blocks, tokens, G, 2, N], sums [parts, N + 2, D])``, float32.
+
+    ``parts``: sequences, or segments of them.
+    """
     (channels, n), tokens = call.A.shape, call.u.numel() // call.u.shape[-2]
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=call.u.device)
 
     dbc = empty(blocks, tokens, call.B.shape[-3], 2, n)
-    return empty(call.sequences, rows, n, channels), dbc, empty(call.sequences, n + 2, channels)
+    return empty(parts, rows, n, channels), dbc, empty(parts, n + 2, channels)
 
 
 def tensors_of(

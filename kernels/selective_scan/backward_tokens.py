@@ -13,7 +13,17 @@ import triton.language as tl
 
 from tp_mamba.kernels.common.approximations import ex2
 from tp_mamba.kernels.common.dialect import tree_of
-from tp_mamba.kernels.selective_scan.tiles import of_token, stack, unstack
+from tp_mamba.kernels.common.fours import load_four
+from tp_mamba.kernels.selective_scan.tiles import stack, unstack
+
+
+@triton.jit
+def states_of(ptr, row, stride: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr):
+    """B or C of the thread's states in a row; ``ptr [LANES, BLOCK_D]`` points to the first of them in row 0."""
+    values = ()
+    for i in tl.static_range(PER_LANE // 4):
+        values = values + load_four(ptr + (row * stride + 4 * LANES * i))
+    return values
 
 
 @triton.jit
@@ -47,55 +57,36 @@ def state_forward(h, a, b, delta, du, PER_LANE: tl.constexpr):
 
 
 @triton.jit
-def token_forward(
-    states, decays, a, b, c, delta, du,
-    j: tl.constexpr, PART: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Token j of a part, with the arithmetic of ``common/recurrence.py``: ``states`` and ``decays`` with its own."""
-    b_j = of_token(b, j, PART, PER_LANE)
-    c_j = of_token(c, j, PART, PER_LANE)
-    delta = delta[None, :]
-    du = du[None, :]
-    y = delta
+def token_forward(states, decays, a, b, delta, du, PER_LANE: tl.constexpr):
+    """A token, with the arithmetic of ``common/recurrence.py``: ``states`` and ``decays`` with its own."""
     after = ()
     for i in tl.static_range(PER_LANE):
         decay = ex2(a[i] * delta)
-        h = tl.fma(decay, states[len(states) - PER_LANE + i], b_j[i] * du)
-        c_i = tl.broadcast_to(c_j[i], [LANES, BLOCK_D])
-        y = h * c_i if i == 0 else tl.fma(h, c_i, y)
-        after = after + (h,)
+        after = after + (tl.fma(decay, states[len(states) - PER_LANE + i], b[i] * du),)
         decays = decays + (decay,)
-    return states + after, decays, y
+    return states + after, decays
 
 
 @triton.jit
-def token_back(
-    carry, dA, a, states, decays, b, c, deltas, dus, gs,
-    s: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Token s of a group: ``(carry, dA, lam * dt * u, state * g, sum_n lam * B, sum_n e * a)``.
-
-    ``a`` is A * log2(e).
-    """
-    b_s = of_token(b, s, STEPS, PER_LANE)
-    c_s = of_token(c, s, STEPS, PER_LANE)
-    delta = tl.broadcast_to(deltas[s][None, :], [LANES, BLOCK_D])
-    g = tl.broadcast_to(gs[s][None, :], [LANES, BLOCK_D])
+def token_back(carry, dA, a, states, decays, b, c, delta, du, g, s: tl.constexpr, PER_LANE: tl.constexpr):
+    """Token s of a group: ``(carry, dA, lam * dt * u, state * g, sum_n lam * B, sum_n e * a, sum_n state * C)``."""
     of_b = ()
     of_c = ()
     before = ()
     sums = ()
     dx = delta
     dt = delta
+    y = delta
     for i in tl.static_range(PER_LANE):
-        lam = tl.fma(tl.broadcast_to(c_s[i], [LANES, BLOCK_D]), g, carry[i])  # what the token's state gets
-        of_b = of_b + (lam * dus[s][None, :],)
-        of_c = of_c + (states[(s + 1) * PER_LANE + i] * g,)
-        b_i = tl.broadcast_to(b_s[i], [LANES, BLOCK_D])
-        dx = lam * b_i if i == 0 else tl.fma(lam, b_i, dx)
+        h = states[(s + 1) * PER_LANE + i]
+        lam = tl.fma(c[i], g, carry[i])  # what the token's state gets
+        of_b = of_b + (lam * du,)
+        of_c = of_c + (h * g,)
+        y = h * c[i] if i == 0 else tl.fma(h, c[i], y)
+        dx = lam * b[i] if i == 0 else tl.fma(lam, b[i], dx)
         lam = lam * decays[s * PER_LANE + i]
         e = lam * states[s * PER_LANE + i]
         sums = sums + (tl.fma(e, delta, dA[i]),)
         dt = e * a[i] if i == 0 else tl.fma(e, a[i], dt)
         before = before + (lam,)
-    return before, sums, of_b, of_c, dx, dt
+    return before, sums, of_b, of_c, dx, dt, y

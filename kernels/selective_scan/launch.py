@@ -79,12 +79,19 @@ def any_plan(sequences: int, channels: int, n: int) -> LaunchPlan:
     return LaunchPlan((sequences, cdiv(channels, BLOCK_D)), block_n, BLOCK_D, STEPS, 1, num_warps)
 
 
+SEGMENT = 512
+"""Tokens of the parts that the backward cuts sequences into. A constant: how sums over tokens are rounded follows from
+it, and should not follow from what else is in a batch."""
+
+
 @dataclass(frozen=True)
 class BackwardPlan:
     """One launch of the backward for a mixer's layout."""
 
-    grid: tuple[int, int]
-    """Sequences, blocks of channels."""
+    segments: int
+    """Rows of the grid: as many segments as there can be."""
+    blocks: int
+    """Blocks of channels."""
     block_d: int
     """Channels per program."""
     lanes: int
@@ -94,35 +101,51 @@ class BackwardPlan:
     groups: int
     """Groups of so many from one saved state to the next."""
     part: int
-    """Tokens whose B and C are in registers, and whose products are summed over channels, together."""
+    """Tokens whose products are summed over channels together."""
     stages: int
     """Groups of tokens in flight, and that which is computed."""
+    segment: int
+    """Tokens, a multiple of those from one saved state to the next."""
     num_warps: int
+    registers: int
+    """The most that a thread may have, so that several programs fit a multiprocessor."""
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_plan(sequences: int, channels: int, n: int, save_every: int) -> BackwardPlan:
+def backward_plan(
+    length: int, sequences: int, channels: int, n: int, save_every: int, packed: bool
+) -> BackwardPlan:
     """The plan of the backward for a mixer's layout."""
-    return backward_plan_of(sequences, channels, n, save_every)
+    return backward_plan_of(length, sequences, channels, n, save_every, packed)
 
 
 def backward_plan_of(
+    length: int,
     sequences: int,
     channels: int,
     n: int,
     save_every: int,
+    packed: bool,
     lanes: int | None = None,
     block_d: int = 32,
     steps: int = 8,
     part: int = 4,
     stages: int = 3,
+    segment: int = SEGMENT,
+    registers: int = 255,
 ) -> BackwardPlan:
     """The plan of the backward for a mixer's layout with a given cut."""
     lanes, steps = lanes or n // 4, math.gcd(steps, save_every)
+    segment = cdiv(segment, save_every) * save_every
     return BackwardPlan(
-        (sequences, cdiv(channels, block_d)), block_d, lanes, steps, save_every // steps, math.gcd(part, steps), stages,
-        max(1, lanes * block_d // 32),
+        segment_rows(length, sequences, segment, packed), cdiv(channels, block_d), block_d, lanes, steps,
+        save_every // steps, math.gcd(part, steps), stages, segment, max(1, lanes * block_d // 32), registers,
     )  # fmt: skip
+
+
+def segment_rows(length: int, sequences: int, every: int, packed: bool) -> int:
+    """How many segments of ``every`` tokens there can be in sequences that are ``length`` long, packed in all."""
+    return length // every + sequences if packed else sequences * cdiv(length, every)
 
 
 @dataclass(frozen=True)

@@ -75,11 +75,11 @@ def _sum_over_blocks_kernel(
 @jit_by_type
 @no_type_check  # a Triton kernel's body is not Python
 def _sum_over_sequences_kernel(
-    sums_ptr,  # [S, N + 2, D] float32 contiguous, in
+    sums_ptr,  # [parts, N + 2, D] float32 contiguous, in: of sequences, or segments of them
     dA_ptr,  # [D, N], any float, out
     dD_ptr,  # [D] or None, out
     dbias_ptr,  # [D] or None, out
-    sequences: tl.int32,
+    parts: tl.int32,
     channels: tl.int64,
     dA_stride_d: tl.int64, dA_stride_n: tl.int64,
     N: tl.constexpr,
@@ -91,7 +91,7 @@ def _sum_over_sequences_kernel(
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = d < channels
-    total = _sum_of_rows(sums_ptr + row * channels + d, (N + 2) * channels, sequences, mask, BLOCK, WAYS)
+    total = _sum_of_rows(sums_ptr + row * channels + d, (N + 2) * channels, parts, mask, BLOCK, WAYS)
     if row < N:
         tl.store(dA_ptr + d * dA_stride_d + row * dA_stride_n, total.to(dA_ptr.dtype.element_ty), mask=mask)
     if HAS_D:  # noqa: SIM102 - the pointer exists only then
@@ -103,7 +103,7 @@ def _sum_over_sequences_kernel(
 
 
 def sum_partial(call: ScanBackward, grads: ScanGradients, dbc: torch.Tensor, sums: torch.Tensor) -> None:
-    """Write dB, dC from ``dbc [blocks, tokens, G, 2, N]``, and dA, dD, d(bias) from ``sums [S, N + 2, D]``."""
+    """Write dB, dC from ``dbc [blocks, tokens, G, 2, N]``, and dA, dD, d(bias) from ``sums [parts, N + 2, D]``."""
     blocks, tokens, groups, _, n = dbc.shape
     (channels, _), packed = call.A.shape, call.query_start_loc is not None
     by_group = [(0, *x.stride()) if packed else x.stride() for x in (grads.B, grads.C)]
@@ -112,6 +112,6 @@ def sum_partial(call: ScanBackward, grads: ScanGradients, dbc: torch.Tensor, sum
         *by_group[0], *by_group[1], N=n, BLOCK=_BLOCK, WAYS=_WAYS, VARLEN=packed,
     )  # fmt: skip
     _sum_over_sequences_kernel[(n + 2, cdiv(channels, 128))](
-        sums, grads.A, grads.D, grads.delta_bias, call.sequences, channels, *grads.A.stride(), N=n, BLOCK=128,
+        sums, grads.A, grads.D, grads.delta_bias, len(sums), channels, *grads.A.stride(), N=n, BLOCK=128,
         WAYS=_WAYS, HAS_D=grads.D is not None, HAS_BIAS=grads.delta_bias is not None,
     )  # fmt: skip
