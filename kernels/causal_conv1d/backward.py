@@ -112,29 +112,14 @@ refuse_second_derivative(_BACKWARD)
 
 
 @torch.library.register_fake(_FORWARD)
-def _functional_fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    silu: bool,
-    initial_states: torch.Tensor | None,
-    query_start_loc: torch.Tensor | None,
-    return_final_states: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _functional_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight, *_, query_start_loc, return_final_states = arguments
     return _outputs(x, weight, query_start_loc, return_final_states)
 
 
 @torch.library.register_fake(_BACKWARD)
-def _backward_fake(
-    dout: torch.Tensor,
-    dfinal_states: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    silu: bool,
-    initial_states: torch.Tensor | None,
-    query_start_loc: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _backward_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    _, _, x, weight, bias, _, initial_states, query_start_loc = arguments
     return _gradients(x, weight, bias, initial_states, query_start_loc)
 
 
