@@ -107,6 +107,8 @@ class BackwardPlan:
     segment: int
     """Tokens, a multiple of those from one saved state to the next."""
     num_warps: int
+    fold: bool
+    """Whether a thread has two channels, which are neighbours."""
     registers: int
     """The most that a thread may have, so that several programs fit a multiprocessor."""
 
@@ -127,11 +129,12 @@ def backward_plan_of(
     save_every: int,
     packed: bool,
     lanes: int | None = None,
-    block_d: int = 32,
-    steps: int = 8,
+    block_d: int = 64,
+    steps: int = 4,
     part: int = 4,
     stages: int = 3,
     segment: int = SEGMENT,
+    fold: bool = True,
     registers: int = 255,
 ) -> BackwardPlan:
     """The plan of the backward for a mixer's layout with a given cut."""
@@ -139,7 +142,8 @@ def backward_plan_of(
     segment = cdiv(segment, save_every) * save_every
     return BackwardPlan(
         segment_rows(length, sequences, segment, packed), cdiv(channels, block_d), block_d, lanes, steps,
-        save_every // steps, math.gcd(part, steps), stages, segment, max(1, lanes * block_d // 32), registers,
+        save_every // steps, math.gcd(part, steps), stages, segment, max(1, lanes * block_d // (64 if fold else 32)),
+        fold, registers,
     )  # fmt: skip
 
 

@@ -38,8 +38,8 @@ def force_any(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scan_module("mixer"), "launch", lambda *_: False)
 
 
-def loop_of(cubin: bytes, folder: Path) -> list[str]:
-    """The instructions of a kernel's longest loop, in the machine's own language."""
+def loop_of(cubin: bytes, folder: Path, *, innermost: bool = False) -> list[str]:
+    """The instructions of a kernel's longest loop, or of the longest without a loop inside, as the machine has them."""
     from triton import knobs
 
     path = folder / "kernel.cubin"
@@ -49,12 +49,17 @@ def loop_of(cubin: bytes, folder: Path) -> list[str]:
     instructions: list[str] = []
     labels: dict[str, int] = {}
     longest: list[str] = []
+    starts: list[int] = []
     for line in listing.splitlines():
         if label := re.match(r"(\.L_\S+):", line):
             labels[label[1]] = len(instructions)
         elif found := re.match(r"\s+/\*[0-9a-f]{4,5}\*/\s+(.*?);", line):
             instructions.append(re.sub(r"^@!?U?P\w+\s+", "", found[1].strip()))
             back = re.search(r"BRA.*`\((\.L_\S+)\)", found[1])
-            if back and back[1] in labels and len(instructions) - labels[back[1]] > len(longest):
-                longest = instructions[labels[back[1]] :]
+            if back and back[1] in labels:
+                start = labels[back[1]]
+                holds_another = any(other >= start for other in starts)
+                starts.append(start)
+                if len(instructions) - start > len(longest) and not (innermost and holds_another):
+                    longest = instructions[start:]
     return longest
