@@ -129,12 +129,12 @@ def backward_plan_of(
     save_every: int,
     packed: bool,
     lanes: int | None = None,
-    block_d: int = 64,
-    steps: int = 4,
+    block_d: int = 32,
+    steps: int = 8,
     part: int = 4,
     stages: int = 3,
     segment: int = SEGMENT,
-    fold: bool = True,
+    fold: bool = False,
     registers: int = 255,
 ) -> BackwardPlan:
     """The plan of the backward for a mixer's layout with a given cut."""

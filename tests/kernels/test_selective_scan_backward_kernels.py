@@ -24,7 +24,7 @@ def kernel_module(name: str) -> Any:
     return importlib.import_module(f"tp_mamba.kernels.selective_scan.{name}")
 
 
-def small_steps(monkeypatch: pytest.MonkeyPatch, **cut: int) -> None:
+def small_steps(monkeypatch: pytest.MonkeyPatch, **cut: Any) -> None:
     """A state every 4 tokens, groups of 2 and segments of 4, so that few tokens make several of each."""
 
     def plan(*sizes: int) -> BackwardPlan:
@@ -58,7 +58,7 @@ def test_everything_at_once(where: str, kernel: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("kernel", ["mixer", "any"])
 def test_nothing_but_the_recurrence(where: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device = triton_device(where, monkeypatch)
-    small_steps(monkeypatch)
+    small_steps(monkeypatch, block_d=64, fold=True)
     if kernel == "any":
         force_any(monkeypatch)
     inputs = make(5, 4, [5], seed=5) | {"D": None, "z": None, "delta_bias": None, "delta_softplus": False}
@@ -155,6 +155,6 @@ def test_compiles_for_hopper_without_spills_in_its_loop(
     """Neither spills nor shuffles in the loop over groups of tokens (outside it, addresses are), and no atomics."""
     compiled = compile_backward(1, 8192, False, monkeypatch)
     loop = loop_of(compiled.asm["cubin"], tmp_path, innermost=True)
-    assert sum(line.startswith("FFMA") for line in loop) > 200  # the one that is meant
+    assert sum(line.startswith("FFMA") for line in loop) > 150  # the one that is meant
     assert not [line for line in loop if line.startswith(("LDL", "STL", "SHFL"))]
     assert not re.search(r"^\s*(@!?%p\d+ )?(atom|red)\.", compiled.asm["ptx"], re.MULTILINE)
