@@ -32,14 +32,14 @@ else:
     @triton.jit
     def load_four(ptr):
         """Elements 0 to 3 behind each pointer, a multiple of four elements: four float32 tensors of ``ptr``'s shape."""
-        dtype: tl.constexpr = ptr.dtype.element_ty
         address = ptr.to(tl.int64)
-        if dtype == tl.float32:
+        if ptr.dtype.element_ty == tl.float32:
             x = tl.inline_asm_elementwise(
                 "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [address],
                 dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
             )  # fmt: skip
         else:
+            dtype = ptr.dtype.element_ty  # no constexpr: Triton 3.6 takes none in a tuple of dtypes
             x = tl.inline_asm_elementwise(
                 "ld.global.nc.v4.b16 {$0, $1, $2, $3}, [$4];", "=h,=h,=h,=h,l", [address],
                 dtype=(dtype, dtype, dtype, dtype), is_pure=False, pack=1,

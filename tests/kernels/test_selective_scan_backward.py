@@ -19,6 +19,16 @@ from tp_mamba.kernels.selective_scan.reference import (
 
 BY_TOKEN = ("u", "delta", "z", "B", "C")
 
+APPROXIMATIONS = {
+    "cpu": {"approximate": 0.25},
+    "cuda": {"approximate": 2 / 3**0.5, "worst": 10},
+}
+"""What the kernels' own exponentials, logarithms and divisions may add, for :func:`assert_within_twice`.
+
+On a GPU each errs by up to 2 ulp. In the worst element all five enter: the decay's exponential, the gate's exponential
+and division, softplus's exponential and logarithm. On the average it is one of them, evenly spread over those 2 ulp.
+"""
+
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def any_device(request: pytest.FixtureRequest) -> torch.device:
@@ -79,7 +89,7 @@ def check(
     assert actual.keys() == exact.keys()
     for name, grad in actual.items():
         assert grad.dtype == inputs[name].dtype
-        assert_within_twice(grad, rounded[name], exact[name], approximate=0.25)
+        assert_within_twice(grad, rounded[name], exact[name], **APPROXIMATIONS[grad.device.type])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -241,7 +251,7 @@ def test_final_states_alone(any_device: torch.device) -> None:
     exact = reference(double(inputs), None, grad_final.double())
     rounded = reference(on_device, None, upstream)
     for name, grad in actual.items():
-        assert_within_twice(grad, rounded[name], exact[name], approximate=0.25)
+        assert_within_twice(grad, rounded[name], exact[name], **APPROXIMATIONS[grad.device.type])
 
 
 def test_output_has_the_bits_of_inference(any_device: torch.device) -> None:

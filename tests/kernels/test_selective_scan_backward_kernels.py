@@ -121,7 +121,9 @@ def test_long_sequences_on_a_gpu(softplus: bool, dtype: torch.dtype) -> None:
     for name, grad in first.items():
         assert torch.equal(grad, second[name]), name
         error, allowed = ((x.cpu().double() - exact[name]).norm() for x in (grad, plain[name]))
-        assert error <= 2 * allowed, f"{name}: {error:.3e} > {2 * allowed:.3e}"
+        # A sum does not average away what ex2.approx errs to one side.
+        bound = 2 * allowed + torch.finfo(torch.float32).eps * exact[name].norm()
+        assert error <= bound, f"{name}: {error:.3e} > {bound:.3e}"
 
 
 def compile_backward(sequences: int, channels: int, softplus: bool, monkeypatch: pytest.MonkeyPatch) -> Any:
