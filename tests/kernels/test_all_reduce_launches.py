@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_testing import Launches, compile_as_launched, registers, specialization, stack_bytes
-from ptx_testing import _instructions
+from ptx_testing import _instructions, read_ahead
 
 from tp_mamba.kernels import all_reduce as op
 from tp_mamba.kernels.all_reduce import Exchange, launch, shares
@@ -191,6 +191,7 @@ def test_large_sums_compile_for_hopper(size: int, monkeypatch: pytest.MonkeyPatc
     compiled = compile_as_launched(kernel, recorded)
     assert stack_bytes(compiled, tmp_path) == 0
     assert registers(compiled, tmp_path) <= 64, "four programs of eight warps on an SM"
+    assert read_ahead(compiled) == {"weight_ptr"}, "the kernel ahead waits for the others' terms"
     ptx = compiled.asm["ptx"]
     assert not re.search(r"(ld|st)\.global\.(b16|b32) ", ptx), "every access is of 16 bytes"
 

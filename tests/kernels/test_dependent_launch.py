@@ -65,6 +65,7 @@ CALLS: dict[str, tuple[str, str, set[str], Callable[[], Any]]] = {
 ELSEWHERE = {
     *("_step_kernel", "state_update_rows_kernel", "dt_proj_state_update_kernel"),
     *("_one_way_kernel", "_two_ways_kernel", "_all_reduce_add_rms_norm_kernel", "_all_reduce_split_kernel"),
+    "_add_shares_kernel",
 }
 """Those whose own modules hold the same test."""
 
