@@ -16,7 +16,7 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 @pytest.fixture(scope="module")
 def example(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example with the sample checkpoint in place of the hub's, and the CPU in place of a GPU."""
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert code.count('"state-spaces/mamba-130m-hf"') == 2
     script = tmp_path_factory.mktemp("readme") / "example.py"
     script.write_text(code.replace("state-spaces/mamba-130m-hf", str(sample)))
