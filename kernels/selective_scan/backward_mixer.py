@@ -89,7 +89,6 @@ def selective_scan_backward_kernel(
     N: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    FOLD: tl.constexpr,  # whether a thread has two channels
     EVEN_D: tl.constexpr,  # BLOCK_D divides channels
     ALIGNED: tl.constexpr,  # every row that is read begins at a multiple of 16 bytes
     STEPS: tl.constexpr,
@@ -288,27 +287,13 @@ def selective_scan_backward_kernel(
                     du_s = tl.broadcast_to(dus[s][None, :], [LANES, BLOCK_D])
                     g_s = tl.broadcast_to(gs[s][None, :], [LANES, BLOCK_D])
                     carry, dA, of_b, of_c, dx, dt, y = token_back(
-                        carry,
-                        dA,
-                        a,
-                        states,
-                        decays,
-                        b,
-                        c,
-                        delta_s,
-                        du_s,
-                        g_s,
-                        s,
-                        PER_LANE,
-                        LANES,
-                        BLOCK_D,
-                        FOLD,
+                        carry, dA, a, states, decays, b, c, delta_s, du_s, g_s, s, PER_LANE
                     )
                     products = of_b + of_c + products
                     dxs = (dx,) + dxs
                     dts = (dt,) + dts
                     ys = (y,) + ys
-                total = over_channels(products, COUNT, LANES, BLOCK_D // 2 if FOLD else BLOCK_D)
+                total = over_channels(products, COUNT, LANES, BLOCK_D)
                 p_dbc = dbc_ptr + at * (2 * N) + (STEPS - PART * (i_back + 1)) * 2 * N + v_tile
                 tl.store(p_dbc, total, mask=v_t + (STEPS - PART * (i_back + 1)) < left)
             dx = computed_once(over_lanes(dxs, STEPS, LANES, BLOCK_D), STEPS, BLOCK_D)
@@ -393,7 +378,7 @@ def launch(call: ScanBackward, grads: ScanGradients) -> tuple[torch.Tensor, torc
     selective_scan_backward_kernel[(plan.segments * plan.blocks,)](
         *tensors_of(call, grads, grad_out, scratch, dbc, sums), carry, *sizes,
         *of_sequence, *strides_of(call, grads), *of_token,
-        LANES=plan.lanes, BLOCK_D=plan.block_d, FOLD=plan.fold, EVEN_D=channels % plan.block_d == 0,
+        LANES=plan.lanes, BLOCK_D=plan.block_d, EVEN_D=channels % plan.block_d == 0,
         ALIGNED=all(rows_aligned(16, x) for x in in_rows), STEPS=plan.steps, GROUPS=plan.groups, PART=plan.part,
         STAGES=plan.stages, HAS_CARRY=carry is not None, num_warps=plan.num_warps, maxnreg=plan.registers,
         **(flags | of_call),

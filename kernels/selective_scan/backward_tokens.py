@@ -38,18 +38,6 @@ def over_lanes(rows, STEPS: tl.constexpr, LANES: tl.constexpr, BLOCK_D: tl.const
 
 
 @triton.jit
-def product(x, y, LANES: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr):
-    """``x * y``; with FOLD summed over pairs of channels, which one thread has: half as much to exchange."""
-    if FOLD:
-        x0, x1 = tl.split(tl.reshape(x, [LANES, BLOCK_D // 2, 2]))
-        y0, y1 = tl.split(tl.reshape(y, [LANES, BLOCK_D // 2, 2]))
-        total = tl.fma(x1, y1, x0 * y0)
-    else:
-        total = x * y
-    return total
-
-
-@triton.jit
 def over_channels(rows, COUNT: tl.constexpr, LANES: tl.constexpr, BLOCK_D: tl.constexpr):
     """COUNT tensors ``[LANES, BLOCK_D]`` -> their sums over channels ``[LANES * COUNT]``."""
     flat = ()
@@ -80,10 +68,7 @@ def token_forward(states, decays, a, b, delta, du, PER_LANE: tl.constexpr):
 
 
 @triton.jit
-def token_back(
-    carry, dA, a, states, decays, b, c, delta, du, g,
-    s: tl.constexpr, PER_LANE: tl.constexpr, LANES: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr,
-):  # fmt: skip
+def token_back(carry, dA, a, states, decays, b, c, delta, du, g, s: tl.constexpr, PER_LANE: tl.constexpr):
     """Token s of a group: ``(carry, dA, lam * dt * u, state * g, sum_n lam * B, sum_n e * a, sum_n state * C)``."""
     of_b = ()
     of_c = ()
@@ -95,8 +80,8 @@ def token_back(
     for i in tl.static_range(PER_LANE):
         h = states[(s + 1) * PER_LANE + i]
         lam = tl.fma(c[i], g, carry[i])  # what the token's state gets
-        of_b = of_b + (product(lam, du, LANES, BLOCK_D, FOLD),)
-        of_c = of_c + (product(h, g, LANES, BLOCK_D, FOLD),)
+        of_b = of_b + (lam * du,)
+        of_c = of_c + (h * g,)
         y = h * c[i] if i == 0 else tl.fma(h, c[i], y)
         dx = lam * b[i] if i == 0 else tl.fma(lam, b[i], dx)
         lam = lam * decays[s * PER_LANE + i]

@@ -107,8 +107,6 @@ class BackwardPlan:
     segment: int
     """Tokens, a multiple of those from one saved state to the next."""
     num_warps: int
-    fold: bool
-    """Whether a thread has two channels, which are neighbours."""
     registers: int
     """The most that a thread may have, so that several programs fit a multiprocessor."""
 
@@ -134,7 +132,6 @@ def backward_plan_of(
     part: int = 4,
     stages: int = 3,
     segment: int = SEGMENT,
-    fold: bool = False,
     registers: int = 255,
 ) -> BackwardPlan:
     """The plan of the backward for a mixer's layout with a given cut."""
@@ -142,8 +139,8 @@ def backward_plan_of(
     segment = cdiv(segment, save_every) * save_every
     return BackwardPlan(
         segment_rows(length, sequences, segment, packed), cdiv(channels, block_d), block_d, lanes, steps,
-        save_every // steps, math.gcd(part, steps), stages, segment, max(1, lanes * block_d // (64 if fold else 32)),
-        fold, registers,
+        save_every // steps, math.gcd(part, steps), stages, segment, max(1, lanes * block_d // 32),
+        registers,
     )  # fmt: skip
 
 

@@ -24,11 +24,11 @@ def kernel_module(name: str) -> Any:
     return importlib.import_module(f"tp_mamba.kernels.selective_scan.{name}")
 
 
-def small_steps(monkeypatch: pytest.MonkeyPatch, **cut: Any) -> None:
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A state every 4 tokens, groups of 2 and segments of 4, so that few tokens make several of each."""
 
     def plan(*sizes: int) -> BackwardPlan:
-        return backward_plan_of(*sizes, **({"steps": 2, "part": 2, "segment": 4} | cut))
+        return backward_plan_of(*sizes, steps=2, part=2, segment=4)
 
     monkeypatch.setattr(differentiable, "SAVE_EVERY", 4)
     monkeypatch.setattr(kernel_module("backward_mixer"), "backward_plan", plan)
@@ -58,7 +58,7 @@ def test_everything_at_once(where: str, kernel: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("kernel", ["mixer", "any"])
 def test_nothing_but_the_recurrence(where: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device = triton_device(where, monkeypatch)
-    small_steps(monkeypatch, block_d=64, fold=True)
+    small_steps(monkeypatch)
     if kernel == "any":
         force_any(monkeypatch)
     inputs = make(5, 4, [5], seed=5) | {"D": None, "z": None, "delta_bias": None, "delta_softplus": False}
