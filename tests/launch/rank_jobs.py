@@ -104,6 +104,8 @@ def all_raise(last: int) -> None:
     raised = Path(os.environ["FAULT_TIME"])
     while rank == last and not raised.exists():
         time.sleep(0.001)
+    if rank == last:
+        time.sleep(3)  # the other rank writes its error down only after it has left the file
     try:
         raise ValueError(f"error of rank {rank}")
     finally:
