@@ -17,22 +17,28 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import ROOT
-from benchmarks.environment import describe
 from benchmarks.report import Row
 from benchmarks.served import Served, rows_of
-from benchmarks.trace import MODELS, Request, model_of, needs_gpu, serve, summarize
+from benchmarks.trace import (
+    Request,
+    command_line,
+    header,
+    model_of,
+    needs_gpu,
+    on_ranks,
+    serve,
+    summarize,
+)
 from tp_mamba.engine.engine import Engine
 from tp_mamba.engine.params import SamplingParams
 from tp_mamba.engine.scheduler import Schedule
 from tp_mamba.launch.console import show, table
-from tp_mamba.launch.ranks.start import make_tensor_parallel, start_ranks
+from tp_mamba.launch.ranks.start import make_tensor_parallel
 from tp_mamba.model import MambaForCausalLM
 from tp_mamba.options import CacheConfig
 from tp_mamba.state.prefix import WORTHWHILE
@@ -214,10 +220,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                         flush=True,
                     )
     return {
-        "benchmark": "prefix",
-        "environment": describe(tp.device, options.commit),
-        "options": {name: value for name, value in vars(options).items() if name not in ("json", "commit")},
-        "ranks": tp.size,
+        **header("prefix", options, tp),
         "not_bit_equal": wrong,
         "results": [asdict(result) for result in results],
         "rows": [row.to_json() for row in rows],
@@ -226,17 +229,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.prefix",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument(
-        "--model", choices=MODELS, default="falcon-mamba-7b", help="whose shapes (default %(default)s)"
-    )
-    made.add_argument("--tp", type=int, default=1, metavar="N", help="ranks (default %(default)s)")
-    made.add_argument("--device", choices=("cpu", "cuda"), help="by default GPUs, if there are any")
-    made.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    made = command_line("prefix", __doc__)
     sizes = {
         "requests": (64, "that share a beginning"),
         "shared-tokens": (4096, "of that beginning, a multiple of the block size"),
@@ -254,9 +247,6 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument(
             f"--{name}", type=int, default=value, metavar="N", help=f"{text} (default %(default)s)"
         )
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--commit", help="of the code, where there is no git")
-    made.add_argument("--json", type=Path, metavar="FILE", help="keep the results here")
     return made
 
 
@@ -264,12 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run it; 1 if a kept state gave other bits, or in float32 other texts."""
     made = parser()
     options = made.parse_args(argv)
-    numbers = [value for value in vars(options).values() if isinstance(value, int)]
-    if (
-        min(numbers[:-1]) < 1
-        or options.requests <= options.check
-        or options.shared_tokens % options.block_size
-    ):
+    numbers = [value for name, value in vars(options).items() if isinstance(value, int) and name != "seed"]
+    if min(numbers) < 1 or options.requests <= options.check or options.shared_tokens % options.block_size:
         made.error(
             "all numbers are at least 1, there are more requests than are checked, and the shared tokens are a "
             "multiple of the block size"
@@ -280,11 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     if needs_gpu("prefix", options):
         return 2
-    if options.tp > 1:
-        sys.path.append(str(ROOT))  # where the ranks, new processes, find this module
-        found = start_ranks(run, options, size=options.tp)
-    else:
-        found = run(options)
+    found = on_ranks(run, options)
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
     if found["not_bit_equal"]:

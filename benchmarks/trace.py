@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,43 @@ def model_of(options: argparse.Namespace, tp: TensorParallel) -> MambaForCausalL
     return model
 
 
+def command_line(name: str, description: str | None) -> argparse.ArgumentParser:
+    """What the benchmarks of requests take alike."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--model", choices=MODELS, default="falcon-mamba-7b", help="whose shapes (default %(default)s)"
+    )
+    made.add_argument("--tp", type=int, default=1, metavar="N", help="ranks (default %(default)s)")
+    made.add_argument("--device", choices=("cpu", "cuda"), help="by default GPUs, if there are any")
+    made.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--commit", help="of the code, where there is no git")
+    made.add_argument("--json", type=Path, metavar="FILE", help="keep the results here")
+    return made
+
+
+def header(name: str, options: argparse.Namespace, tp: TensorParallel) -> dict[str, Any]:
+    """The beginning of a recorded result: what ran, where and how."""
+    return {
+        "benchmark": name,
+        "environment": describe(tp.device, options.commit),
+        "options": {name: value for name, value in vars(options).items() if name not in ("json", "commit")},
+        "ranks": tp.size,
+    }
+
+
+def on_ranks(run: Callable[[argparse.Namespace], Any], options: argparse.Namespace) -> Any:
+    """The result of rank 0 of ``run`` on each rank asked for; a single one is this process."""
+    if options.tp == 1:
+        return run(options)
+    sys.path.append(str(ROOT))  # where the ranks, new processes, find the benchmark's module
+    return start_ranks(run, options, size=options.tp)
+
+
 @torch.no_grad()
 def run(options: argparse.Namespace) -> dict[str, Any] | None:
     """One rank; the results on rank 0."""
@@ -204,10 +241,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
         follow(engine, tp)
         return None
     found: dict[str, Any] = {
-        "benchmark": "trace",
-        "environment": describe(tp.device, options.commit),
-        "options": {name: value for name, value in vars(options).items() if name not in ("json", "commit")},
-        "ranks": tp.size,
+        **header("trace", options, tp),
         "results": [],
         "rows": [],
     }
@@ -243,17 +277,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.trace",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument(
-        "--model", choices=MODELS, default="falcon-mamba-7b", help="whose shapes (default %(default)s)"
-    )
-    made.add_argument("--tp", type=int, default=1, metavar="N", help="ranks (default %(default)s)")
-    made.add_argument("--device", choices=("cpu", "cuda"), help="by default GPUs, if there are any")
-    made.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    made = command_line("trace", __doc__)
     made.add_argument("--requests", type=int, default=64, metavar="N")
     made.add_argument("--prompt-tokens", type=int, nargs=2, default=(17, 2000), metavar=("LEAST", "MOST"))
     made.add_argument("--new-tokens", type=int, default=64, metavar="N", help="of each request")
@@ -280,9 +304,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--check", type=int, default=4, metavar="N", help="requests that are served again alone"
     )
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--commit", help="of the code, where there is no git")
-    made.add_argument("--json", type=Path, metavar="FILE", help="keep the results here")
     return made
 
 
@@ -311,11 +332,7 @@ def main(argv: list[str] | None = None) -> int:
         made.error("a rate is 0, for all at once, or requests per second")
     if needs_gpu("trace", options):
         return 2
-    if options.tp > 1:
-        sys.path.append(str(ROOT))  # where the ranks, new processes, find this module
-        found = start_ranks(run, options, size=options.tp)
-    else:
-        found = run(options)
+    found = on_ranks(run, options)
     _show(found)
     same, total = found["same_as_alone"]
     return int(options.dtype == "float32" and same < total)

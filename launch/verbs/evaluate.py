@@ -8,10 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tp_mamba.launch.arguments import DTYPES, add_checkpoint, add_device, fraction, positive_int, rank_count
+from tp_mamba.launch.arguments import add_checkpoint, positive_int
 from tp_mamba.launch.console import print_json, tell, write
+from tp_mamba.launch.engine_arguments import (
+    ENGINE_ARGUMENTS,
+    add_engine_arguments,
+    add_tokenizer,
+    place_ranks,
+    resolve_checkpoint,
+)
 from tp_mamba.launch.ranks.failures import UsageError
-from tp_mamba.launch.ranks.start import check_device, check_device_arguments, check_ranks, resolve_rank_count
 from tp_mamba.quoting import shown_path
 
 if TYPE_CHECKING:
@@ -49,43 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="FILE", help="write the scores, and each question with its answer, as JSON"
     )
-    parser.add_argument(
-        "--tokenizer",
-        metavar="PATH_OR_NAME",
-        help="where tokenizer.json is, if it is not with the checkpoint",
-    )
-    memory = parser.add_argument_group("memory (a number that does not fit is lowered, and a note says so)")
-    memory.add_argument(
-        "--max-batch-size", type=positive_int, metavar="N", help="sequences that run at a time (default 256)"
-    )
-    memory.add_argument(
-        "--max-prefill-tokens",
-        type=positive_int,
-        default=8192,
-        metavar="N",
-        help="prompt tokens that a step takes in (default 8192)",
-    )
-    memory.add_argument(
-        "--memory-fraction",
-        type=fraction,
-        default=0.9,
-        metavar="X",
-        help="part of the free memory that weights, activations and states may take together (default 0.9)",
-    )
-    parser.add_argument(
-        "--eager",
-        action="store_true",
-        help="launch every kernel from the host instead of capturing steps in CUDA graphs; on a CPU it is always so",
-    )
-    ranks = parser.add_argument_group("ranks")
-    ranks.add_argument(
-        "--tp",
-        type=rank_count,
-        metavar="N",
-        help='tensor-parallel ranks to start (default 1); "auto": one for each GPU',
-    )
-    add_device(ranks)
-    ranks.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
+    add_tokenizer(parser)
+    add_engine_arguments(parser, batch_size="sequences that run at a time (default 256)", keeps_states=False)
 
 
 def _count(text: str) -> int:
@@ -99,19 +70,13 @@ def prepare(args: argparse.Namespace) -> None:
     """Refuse what cannot be scored, before any rank starts."""
     if find_spec("lm_eval") is None:
         raise UsageError("lm_eval is not installed: pip install 'tp-mamba[eval]'")
-    check_device_arguments(args.device, args.backend)
     if args.include_path is not None and not Path(args.include_path).is_dir():
         raise UsageError(
             f"--include-path {shown_path(args.include_path)} is no folder: name the one with the tasks"
         )
     if args.output is not None and not Path(args.output).absolute().parent.is_dir():
         raise UsageError(f"--output {shown_path(args.output)}: there is no such folder, make it first")
-    size = resolve_rank_count(args.tp, args.device)
-    check_device(args.device, args.backend, size)
-    from tp_mamba.checkpoint.location import resolve
-
-    args.checkpoint = str(resolve(args.checkpoint))
-    check_ranks(args.checkpoint, size)
+    resolve_checkpoint(args, place_ranks(args))
 
 
 def run(args: argparse.Namespace, tp: TensorParallel) -> int:
@@ -123,8 +88,7 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     from tp_mamba.launch.loading import describe, limits_before_loading, load_model
     from tp_mamba.text.tokenizer import load_tokenizer
 
-    names = ("dtype", "device", "max_batch_size", "max_prefill_tokens", "memory_fraction", "eager")
-    agree_on_arguments(tp, args, names)
+    agree_on_arguments(tp, args, ENGINE_ARGUMENTS)
     tasks: Any = None
     with tp.agreed():
         if tp.rank == 0:

@@ -6,27 +6,21 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from tp_mamba.engine.params import SamplingParams
-from tp_mamba.launch.arguments import (
-    DTYPES,
-    add_checkpoint,
-    add_device,
-    fraction,
-    logit_bias,
-    positive_int,
-    rank_count,
-    sampling,
-)
+from tp_mamba.launch.arguments import add_checkpoint, logit_bias, sampling
 from tp_mamba.launch.console import facts, human_bytes, print_json, show
+from tp_mamba.launch.engine_arguments import (
+    ENGINE_ARGUMENTS,
+    PREFIX_ARGUMENTS,
+    add_engine_arguments,
+    add_tokenizer,
+    check_prefix_caching,
+    place_ranks,
+    resolve_checkpoint,
+)
 from tp_mamba.launch.jsonl.arguments import add_file_arguments, check_file_arguments, examine_files
 from tp_mamba.launch.output import Output
 from tp_mamba.launch.prompts import check_prompt_arguments, read_prompts, share_prompts
-from tp_mamba.launch.ranks.failures import UsageError, under_torchrun
-from tp_mamba.launch.ranks.start import (
-    check_device,
-    check_device_arguments,
-    check_ranks,
-    resolve_rank_count,
-)
+from tp_mamba.launch.ranks.failures import under_torchrun
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,70 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file in UTF-8 whose whole text is one more prompt; may be repeated",
     )
     add_file_arguments(parser)
-    parser.add_argument(
-        "--tokenizer",
-        metavar="PATH_OR_NAME",
-        help="where tokenizer.json is, if it is not with the checkpoint",
-    )
+    add_tokenizer(parser)
     parser.add_argument(
         "--chat",
         action="store_true",
         help="each prompt is what a user says: put it into the checkpoint's chat template, and print the answer alone",
     )
-    add_limits(
-        parser.add_argument_group("memory (a number that does not fit is lowered, and a note says so)")
+    add_engine_arguments(
+        parser,
+        batch_size="prompts that run at a time, the others wait (default: all, 256 of a file of --prompts)",
     )
-    parser.add_argument(
-        "--eager",
-        action="store_true",
-        help="launch every kernel from the host instead of capturing steps in CUDA graphs; on a CPU it is always so",
-    )
-    alike = parser.add_argument_group("prompts that begin alike")
-    alike.add_argument(
-        "--enable-prefix-caching",
-        action="store_true",
-        help="keep the states behind prompts and texts: a later prompt that begins like them computes its rest alone",
-    )
-    alike.add_argument(
-        "--mamba-block-size",
-        type=positive_int,
-        metavar="N",
-        help="with --enable-prefix-caching: prompt tokens between two kept states (default 2048)",
-    )
-    ranks = parser.add_argument_group("ranks")
-    ranks.add_argument(
-        "--tp",
-        type=rank_count,
-        metavar="N",
-        help='tensor-parallel ranks to start (default 1); "auto": one for each GPU',
-    )
-    add_device(ranks)
-    ranks.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
     add_sampling(parser.add_argument_group("sampling (in float32 the same text at every number of ranks)"))
-
-
-def add_limits(group: argparse._ActionsContainer) -> None:
-    """How much is done at a time."""
-    group.add_argument(
-        "--max-batch-size",
-        type=positive_int,
-        metavar="N",
-        help="prompts that run at a time, the others wait (default: all, 256 of a file of --prompts)",
-    )
-    group.add_argument(
-        "--max-prefill-tokens",
-        type=positive_int,
-        default=8192,
-        metavar="N",
-        help="prompt tokens that a step takes in, longer prompts take several (default 8192)",
-    )
-    group.add_argument(
-        "--memory-fraction",
-        type=fraction,
-        default=0.9,
-        metavar="X",
-        help="part of the free memory that weights, activations and states may take together (default 0.9)",
-    )
 
 
 def add_sampling(group: argparse._ActionsContainer) -> None:
@@ -187,16 +128,11 @@ def prepare(args: argparse.Namespace) -> None:
 
     Where torchrun has started the ranks already, the prompts are read in :func:`run`, by rank 0.
     """
-    check_device_arguments(args.device, args.backend)
     check_file_arguments(args)
-    if args.mamba_block_size is not None and not args.enable_prefix_caching:
-        raise UsageError(
-            "--mamba-block-size was given without --enable-prefix-caching: it is about states that are kept with that"
-        )
+    check_prefix_caching(args)
     if args.prompts is None:
         check_prompt_arguments(args.prompt, args.prompt_file)
-    size = resolve_rank_count(args.tp, args.device)
-    check_device(args.device, args.backend, size)
+    size = place_ranks(args)
     args.texts = args.found = None
     if not under_torchrun():
         if args.prompts is None:
@@ -205,11 +141,7 @@ def prepare(args: argparse.Namespace) -> None:
             args.found = examine_files(args)
     given = {field: getattr(args, field) for field in FIELDS}
     args.params = SamplingParams(**given)
-    from tp_mamba.checkpoint.location import resolve
-
-    # A model name is downloaded here, by one process.
-    args.checkpoint = str(resolve(args.checkpoint))
-    check_ranks(args.checkpoint, size)
+    resolve_checkpoint(args, size)
 
 
 def run(args: argparse.Namespace, tp: TensorParallel) -> int:
@@ -225,19 +157,7 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
         load_model,
     )
 
-    names = (
-        "dtype",
-        "device",
-        "chat",
-        "max_batch_size",
-        "max_prefill_tokens",
-        "memory_fraction",
-        "eager",
-        "enable_prefix_caching",
-        "mamba_block_size",
-        "prompts",
-    )
-    agree_on_arguments(tp, args, (*FIELDS, *names))
+    agree_on_arguments(tp, args, (*FIELDS, *ENGINE_ARGUMENTS, *PREFIX_ARGUMENTS, "chat", "prompts"))
     if args.prompts is not None:
         return run_file(args, tp)
     prompts = args.texts or share_prompts(args.prompt, args.prompt_file, tp)

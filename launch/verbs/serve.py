@@ -9,19 +9,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tp_mamba.launch.arguments import (
-    DTYPES,
-    add_checkpoint,
-    add_device,
-    fraction,
-    port_number,
-    positive_int,
-    positive_seconds,
-    rank_count,
-)
+from tp_mamba.launch.arguments import add_checkpoint, port_number, positive_int, positive_seconds
 from tp_mamba.launch.console import print_json, tell, write
+from tp_mamba.launch.engine_arguments import (
+    ENGINE_ARGUMENTS,
+    PREFIX_ARGUMENTS,
+    add_engine_arguments,
+    add_tokenizer,
+    check_prefix_caching,
+    place_ranks,
+    resolve_checkpoint,
+)
 from tp_mamba.launch.ranks.failures import UsageError
-from tp_mamba.launch.ranks.start import check_device, check_device_arguments, check_ranks, resolve_rank_count
 
 if TYPE_CHECKING:
     from tp_mamba.parallel.group import TensorParallel
@@ -44,11 +43,7 @@ LOCAL_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     add_checkpoint(parser)
-    parser.add_argument(
-        "--tokenizer",
-        metavar="PATH_OR_NAME",
-        help="where tokenizer.json is, if it is not with the checkpoint",
-    )
+    add_tokenizer(parser)
     http = parser.add_argument_group(f"HTTP (the environment's {KEY} is the key that requests have to give)")
     http.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
     http.add_argument(
@@ -99,50 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="after SIGTERM: for answers that have begun to be finished, the rest is cut (default 30)",
     )
-    memory = parser.add_argument_group("memory (a number that does not fit is lowered, and a note says so)")
-    memory.add_argument(
-        "--max-batch-size", type=positive_int, metavar="N", help="texts that are made at a time (default 256)"
-    )
-    memory.add_argument(
-        "--max-prefill-tokens",
-        type=positive_int,
-        default=8192,
-        metavar="N",
-        help="prompt tokens that a step takes in, longer prompts take several (default 8192)",
-    )
-    memory.add_argument(
-        "--memory-fraction",
-        type=fraction,
-        default=0.9,
-        metavar="X",
-        help="part of the free memory that weights, activations and states may take together (default 0.9)",
-    )
-    parser.add_argument(
-        "--eager",
-        action="store_true",
-        help="launch every kernel from the host instead of capturing steps in CUDA graphs; on a CPU it is always so",
-    )
-    alike = parser.add_argument_group("prompts that begin alike")
-    alike.add_argument(
-        "--enable-prefix-caching",
-        action="store_true",
-        help="keep the states behind prompts and texts: a later prompt that begins like them computes its rest alone",
-    )
-    alike.add_argument(
-        "--mamba-block-size",
-        type=positive_int,
-        metavar="N",
-        help="with --enable-prefix-caching: prompt tokens between two kept states (default 2048)",
-    )
-    ranks = parser.add_argument_group("ranks")
-    ranks.add_argument(
-        "--tp",
-        type=rank_count,
-        metavar="N",
-        help='tensor-parallel ranks to start (default 1); "auto": one for each GPU',
-    )
-    add_device(ranks)
-    ranks.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: the checkpoint's)")
+    add_engine_arguments(parser, batch_size="texts that are made at a time (default 256)")
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -150,24 +102,16 @@ def prepare(args: argparse.Namespace) -> None:
     missing = [name for name in ("fastapi", "uvicorn", "pydantic") if find_spec(name) is None]
     if missing:
         raise UsageError(f"{missing[0]} is not installed: pip install 'tp-mamba[serve]'")
-    check_device_arguments(args.device, args.backend)
-    if args.mamba_block_size is not None and not args.enable_prefix_caching:
-        raise UsageError(
-            "--mamba-block-size was given without --enable-prefix-caching: it is about states that are kept with that"
-        )
+    check_prefix_caching(args)
     if not (os.environ.get(KEY) or "x").isascii() or os.environ.get(KEY, "x").strip() == "":
         raise UsageError(
             f"{KEY} is empty or has characters that no HTTP header takes: use letters and digits"
         )
-    size = resolve_rank_count(args.tp, args.device)
-    check_device(args.device, args.backend, size)
-    from tp_mamba.checkpoint.location import resolve
-
+    size = place_ranks(args)
     if args.served_model_name is None:
         given = Path(args.checkpoint)
         args.served_model_name = given.resolve().name if given.exists() else args.checkpoint
-    args.checkpoint = str(resolve(args.checkpoint))
-    check_ranks(args.checkpoint, size)
+    resolve_checkpoint(args, size)
 
 
 def run(args: argparse.Namespace, tp: TensorParallel) -> int:
@@ -186,8 +130,7 @@ def run(args: argparse.Namespace, tp: TensorParallel) -> int:
     from tp_mamba.launch.server.run import Session, Settings, listen
     from tp_mamba.launch.server.service import Limits
 
-    names = ("dtype", "device", "max_batch_size", "max_prefill_tokens", "memory_fraction", "eager")
-    agree_on_arguments(tp, args, (*names, "enable_prefix_caching", "mamba_block_size"))
+    agree_on_arguments(tp, args, (*ENGINE_ARGUMENTS, *PREFIX_ARGUMENTS))
     with tp.agreed():
         listener = listen(args.host, args.port) if tp.rank == 0 else None
     codec = load_codec(args, tp)
