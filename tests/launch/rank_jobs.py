@@ -99,17 +99,26 @@ def share_from(folders: list[str], file: str) -> list[list[str]]:
 
 
 def all_raise(last: int) -> None:
-    """Every rank raises an error of its own, rank ``last`` at once after another has."""
-    rank = int(os.environ["RANK"])
-    raised = Path(os.environ["FAULT_TIME"])
-    while rank == last and not raised.exists():
-        time.sleep(0.001)
+    """Every one of two ranks raises an error of its own, rank ``last`` once the other has sent its own and ended."""
+    rank, place = int(os.environ["RANK"]), Path(os.environ["FAULT_TIME"])
     if rank == last:
-        time.sleep(3)  # the other rank writes its error down only after it has left the file
+        while not place.exists():
+            time.sleep(0.001)
+        while _runs(int(place.read_text())):
+            time.sleep(0.001)
+    else:
+        scratch = place.with_suffix(".part")
+        scratch.write_text(str(os.getpid()))
+        scratch.rename(place)  # found whole or not at all
+    raise ValueError(f"error of rank {rank}")
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process has not ended; one that nobody has asked after yet has."""
     try:
-        raise ValueError(f"error of rank {rank}")
-    finally:
-        raised.touch()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def sleep_for_ever() -> None:
